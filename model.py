@@ -1,0 +1,166 @@
+"""GPT-2, whole, in raw PyTorch, with an explicit KV cache; and its checkpoint file.
+
+The architecture is that of Radford et al. 2019 to the letter: LayerNorm before each sub-layer and once at the end, learned
+positions, biases everywhere, GELU in its tanh form, the output layer tied to the token embedding. Parameters have the names
+and the shapes of OpenAI's published weights, so those fit in one by one, without transposing.
+
+Letters in shapes: B rows, T new tokens, S tokens to look at, D = n_embd, V = vocab_size.
+"""
+
+import os
+import pickle
+from dataclasses import asdict, dataclass
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kvcache import KVCache
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int
+    block_size: int  # the longest text, in tokens: there are that many position embeddings
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+
+class Conv1D(nn.Module):
+    """y = x W + b with W of shape (n_in, n_out): OpenAI's name and layout for a linear layer.
+
+    nn.Linear stores W transposed. The layout matters here: for a few rows of x in float32 on a CPU, as when a target checks
+    guesses, a product with W as it lies costs much less than one with its transpose (README, "What was found").
+    """
+
+    def __init__(self, n_in, n_out, std=0.02):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_in, n_out) * std)
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd, std=0.02 / (2 * config.n_layer) ** 0.5)
+
+    def forward(self, x, layer, cache, mask):
+        B, T, D = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v = cache.write(layer, k, v)  # (B, n_head, S, head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Conv1D(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Conv1D(4 * config.n_embd, config.n_embd, std=0.02 / (2 * config.n_layer) ** 0.5)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, layer, cache, mask):
+        x = x + self.attn(self.ln_1(x), layer, cache, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A GPT-2 of any size."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        nn.init.normal_(self.wte.weight, std=0.02)
+        nn.init.normal_(self.wpe.weight, std=0.02)
+
+    def forward(self, tokens, cache=None):
+        """tokens (B, T) int64 -> logits (B, T, V) and the last hidden state (B, T, D), after ln_f.
+
+        Without a cache the T tokens are the whole text. With one they follow what each row of the cache holds, and are added
+        to it. ValueError: more than block_size tokens without a cache, or more than the cache has room for.
+        """
+        if cache is None:
+            if tokens.shape[1] > self.config.block_size:
+                raise ValueError(f"{tokens.shape[1]} tokens are more than the model's block_size of {self.config.block_size}")
+            positions, mask = torch.arange(tokens.shape[1], device=tokens.device), None
+        else:
+            positions, mask = cache.extend(tokens.shape[1])
+            # A row of a batch that is about to end may be given guesses past block_size. Nobody reads what comes of them.
+            positions = positions.clamp(max=self.config.block_size - 1)
+        x = self.wte(tokens) + self.wpe(positions)
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, cache, mask)
+        hidden = self.ln_f(x)
+        return F.linear(hidden, self.wte.weight), hidden
+
+    def new_cache(self, batch_size, max_length=None):
+        """An empty cache for B rows of up to max_length tokens (block_size unless told)."""
+        c, weight = self.config, self.wte.weight
+        return KVCache(c.n_layer, batch_size, c.n_head, max_length or c.block_size, c.n_embd // c.n_head, weight.device, weight.dtype)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------------
+
+
+def make_encoding(pattern, ranks):
+    """A tiktoken.Encoding of {token bytes: id} and, as the next id, the separator <|endoftext|>: `eot_token`, our EOS."""
+    return tiktoken.Encoding("specdec", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+
+
+def save_checkpoint(path, model, encoding):
+    """Write config, weights in bfloat16, and tokenizer to one file, which appears complete or not at all."""
+    ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    content = {
+        "config": asdict(model.config),
+        "weights": {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()},
+        "tokenizer": {"pattern": encoding._pat_str, "tokens": [token.decode("latin-1") for token in ranks]},
+    }
+    torch.save(content, f"{path}.new")
+    os.replace(f"{path}.new", path)
+
+
+def load_checkpoint(path, device=None, dtype=None):
+    """-> (GPT in evaluation mode, in dtype (float32 unless told), tiktoken.Encoding).
+
+    OSError: no such file. ValueError: not a checkpoint of this project, or damaged.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(GPTConfig(**content["config"]))
+        model.load_state_dict(content["weights"])
+        tokenizer = content["tokenizer"]
+        encoding = make_encoding(tokenizer["pattern"], {token.encode("latin-1"): i for i, token in enumerate(tokenizer["tokens"])})
+        if encoding.n_vocab > model.config.vocab_size:
+            raise ValueError("more tokens than embeddings")
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises many kinds
+        raise ValueError(f"{path} is damaged, or not a checkpoint of this project ({type(error).__name__})") from error
+    return model.to(device=device, dtype=dtype or torch.float32).eval(), encoding

@@ -1,0 +1,519 @@
+"""Speculative decoding, from scratch: the same text as the large model alone would write, in a fraction of the time.
+
+A large language model (the *target*) writes one token per pass, and a pass costs nearly the same for five tokens as for one:
+its time goes into fetching weights and launching operations, not into arithmetic. So a small model (the *draft*) guesses k
+tokens, and the target checks all of them in one pass. A rule then keeps a prefix of the guesses and adds one token, with
+coins chosen so that the output has *exactly* the law of the target's own output. Good guesses make it fast; bad ones cannot
+make it wrong.
+
+    prompt -> both models read it
+    repeat:  1. a DRAFTER guesses k tokens, and says from which law it drew each
+             2. the TARGET scores the newest token and all k guesses in ONE pass: k+1 laws
+             3. a RULE judges: keep a prefix of the guesses, then one more token (correction or bonus)
+             4. commit 1..k+1 tokens; roll both caches back to what was committed
+
+Read on from here to the command line at the bottom: sampling, plain decoding, the rule, the drafter, the loop.
+
+Leviathan, Kalman, Matias 2022 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318). The two papers use p and q the opposite
+way round, so the laws are called target_probs and draft_probs here, always.
+Letters in shapes: B rows of a batch, k guesses, V = vocab_size.
+"""
+
+import argparse
+import codecs
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model import load_checkpoint
+
+# -- sampling ----------------------------------------------------------------------------------------------------------------
+
+
+def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """Logits (..., V) -> the law that tokens are drawn from: same shape, sums to 1, float32 (float64 if the logits are).
+
+    temperature 0 puts everything on the best token. top_k keeps the k best tokens, top_p the fewest best tokens that
+    together reach that mass (Holtzman et al. 2019, arXiv 1904.09751); in this order, each renormalised.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    if temperature != 1:
+        # The largest logit becomes 0 first: divided by a tiny temperature, any other number would overflow.
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        best, token = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter_(-1, token, best)
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        best, token = probs.sort(-1, descending=True)
+        best[best.cumsum(-1) - best >= top_p] = 0  # the mass *before* a token decides, so the best one always stays
+        probs = torch.zeros_like(probs).scatter_(-1, token, best / best.sum(-1, keepdim=True))
+    return probs
+
+
+# All chance comes from these two functions. (In the tests they are replaced, and every outcome is tried.)
+
+
+def bernoulli(probs, generator=None):
+    """One coin per element: True with that probability. bool, same shape.
+
+    Strictly u < prob, with u in [0, 1): what has probability 0 never happens, not even for u = 0.
+    """
+    return torch.rand(probs.shape, generator=generator, device=probs.device, dtype=probs.dtype) < probs
+
+
+def categorical(probs, generator=None):
+    """One token per law: (..., V) -> (...) int64.
+
+    A race: token v arrives after a time Exponential(1) / probs[v], and the first one wins with exactly probability probs[v].
+    """
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+
+
+# -- plain decoding ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Round:
+    """What one pass of the target came to, for each of B rows. Plain decoding fills in the first two lines."""
+
+    tokens: torch.Tensor  # (B, k+1) int64: accepted guesses, then the rule's own token; the rest has no meaning
+    n_new: torch.Tensor  # (B,) how many of them are emitted: 0 in a row that has ended
+    n_guessed: torch.Tensor  # (B,) guesses that the target was shown
+    n_accepted: torch.Tensor  # (B,) guesses that became output
+    n_evaluated: torch.Tensor  # (B,) guesses that were judged: the accepted ones, and the first rejected one
+    overlap: torch.Tensor  # (B,) sum over judged guesses of sum_v min(target_probs, draft_probs)
+    seconds: dict  # in the forward passes of the draft, in those of the target ("verify"), and in all the "rest"
+
+
+@torch.no_grad()
+def plain_rounds(target, prompt, max_new_tokens, law, eos, generator):
+    """Decode with the target alone, a token per pass: the baseline, and the law that speculation must reproduce."""
+    B = len(prompt)
+    cache = target.new_cache(B, prompt.shape[1] + max_new_tokens)
+    target(prompt[:, :-1], cache)
+    token, going = prompt[:, -1:], torch.ones_like(prompt[:, 0])
+    none = torch.zeros_like(going)
+    for _ in range(max_new_tokens):
+        start = now(prompt)
+        logits, _ = target(token, cache)
+        passed = now(prompt)
+        token = categorical(law(logits), generator)
+        seconds = {"draft": 0.0, "verify": passed - start, "rest": now(prompt) - passed}
+        yield Round(token, going, none, none, none, none, seconds)
+        if eos is not None:
+            going = going * (token[:, 0] != eos)
+            if not going.any():
+                return
+
+
+def now(tensor):
+    """Seconds on a clock, once the work queued on the tensor's device is done."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# -- the rule ----------------------------------------------------------------------------------------------------------------
+
+
+def verify(target_probs, draft_probs, draft_tokens, generator=None):
+    """Judge k guesses by rejection sampling: Leviathan et al. 2022, Algorithm 1.
+
+    target_probs (B, k+1, V), draft_probs (B, k, V), draft_tokens (B, k) int64 -> n_accepted (B,), next_token (B,), int64.
+    draft_probs[b, i] must be the law that draft_tokens[b, i] was drawn from. A row of zeros there means: no guess from here on.
+
+    Worked by hand, for two tokens, one guess, target law (.7, .3) and draft law (.5, .5):
+        token 0 is guessed half of the time, and always kept, since .7 / .5 > 1: the output is 0 with probability .5;
+        token 1 is guessed half of the time, and kept with probability .3 / .5 = .6: the output is 1 with probability .3;
+        else, with probability .5 * .4 = .2, the residual max(0, target - draft) = (.2, 0), scaled to (1, 0), gives token 0.
+        Together (.5 + .2, .3) = (.7, .3): the target's law. The guess is kept with probability .8 = min(.7,.5) + min(.3,.5).
+    """
+    guess = draft_tokens[..., None]
+    target_x = target_probs[:, :-1].gather(-1, guess)[..., 0]
+    draft_x = draft_probs.gather(-1, guess)[..., 0]
+    # Keep x_i with probability min(1, target / draft). No guess (draft_x = 0), or a broken one (NaN), is never kept.
+    kept = bernoulli(torch.where(draft_x > 0, target_x / draft_x, 0).clamp(max=1), generator)
+    n_accepted = kept.long().cumprod(-1).sum(-1)  # up to the first rejection
+
+    # The residual at the first rejection. After the last guess the draft has no law: with zeros in its place the residual
+    # is the target's law itself, which is the bonus token's.
+    at = n_accepted[:, None, None].expand(-1, 1, target_probs.shape[-1])
+    target_law = target_probs.gather(1, at)[:, 0]
+    residual = (target_law - F.pad(draft_probs, (0, 0, 0, 1)).gather(1, at)[:, 0]).clamp(min=0)
+    mass = residual.sum(-1, keepdim=True)
+    # No mass: the two laws are equal up to rounding. A NaN is not > 0 either.
+    return n_accepted, categorical(torch.where(mass > 0, residual / mass, target_law), generator)
+
+
+RULES = {"rejection": verify}
+
+# -- the drafter -------------------------------------------------------------------------------------------------------------
+
+
+class ModelDrafter:
+    """Guesses with a small GPT of the same vocabulary, token by token. A drafter is anything with these four methods."""
+
+    def __init__(self, model):
+        self.model = model
+        self.seconds = 0.0  # spent in the model's forward passes
+
+    def check(self, target, length):
+        """ValueError, unless guesses for this target, in texts of up to `length` tokens, are possible."""
+        if self.model.config.vocab_size != target.config.vocab_size:
+            raise ValueError(f"the draft knows {self.model.config.vocab_size} tokens, the target {target.config.vocab_size}")
+        if length > self.model.config.block_size:
+            raise ValueError(f"prompt and budget are {length} tokens; the draft's block_size is {self.model.config.block_size}")
+
+    def start(self, prompt, max_length):
+        """Read prompt (B, T) but for its newest token."""
+        self.cache = self.model.new_cache(len(prompt), max_length)
+        self.model(prompt[:, :-1], self.cache)
+
+    def propose(self, text, length, k, law, generator):
+        """Guess k tokens after the first `length` (B,) tokens of each row of text: draft_tokens (B, k), draft_probs (B, k, V)."""
+        # Feed whatever the cache lacks: the newest token, and the last guess of the round before if all were accepted, since
+        # nobody has read that one yet. Where another row lacks more than this one, the difference is read again.
+        lacking = (length - self.cache.length).max().item()
+        self.cache.rollback(length - lacking)
+        tokens = text.gather(1, (length - lacking)[:, None] + torch.arange(lacking, device=text.device))
+        draft_tokens, draft_probs = [text[:, :0]], []
+        for _ in range(k):
+            start = now(text)
+            logits, _ = self.model(tokens, self.cache)
+            self.seconds += now(text) - start
+            draft_probs.append(law(logits[:, -1]))
+            tokens = categorical(draft_probs[-1], generator)[:, None]
+            draft_tokens.append(tokens)
+        probs = torch.stack(draft_probs, 1) if k else torch.zeros(len(text), 0, self.model.config.vocab_size, device=text.device)
+        return torch.cat(draft_tokens, 1), probs
+
+    def rollback(self, length):
+        """Forget what is not among the first `length` (B,) tokens."""
+        self.cache.rollback(torch.minimum(length, self.cache.length))
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eos, generator):
+    """Decode with any drafter and any rule. Rows of a batch go at their own pace; a row that has ended waits with 0 room.
+
+    After each round both caches hold prompt and output but for the newest token, and nothing else can be seen.
+    """
+    B, T = prompt.shape
+    text = F.pad(prompt, (0, max_new_tokens + k + 1))  # output is written here, with room for guesses that are not kept
+    length = torch.full((B,), T, device=prompt.device)  # of the text in each row
+    end = length + max_new_tokens  # where it will stop
+    step = torch.arange(k + 1, device=prompt.device)
+    cache = target.new_cache(B, text.shape[1])
+    target(prompt[:, :-1], cache)
+    drafter.start(prompt, text.shape[1])
+
+    while (most := (end - length).max().item()) > 0:
+        start, drafting = now(prompt), drafter.seconds
+        room = end - length
+        n = min(k, most - 1)  # the rule adds one token, so more guesses could not be used
+
+        # 1. Guess, and withdraw what a row has no room for.
+        draft_tokens, draft_probs = drafter.propose(text, length, n, law, generator)
+        draft_probs = draft_probs * (step[:n] < room[:, None] - 1)[..., None]
+
+        # 2. Score: row i of target_probs is the law after guess i; row 0, after the newest token.
+        drafted = now(prompt)
+        newest = text.gather(1, length[:, None] - 1)
+        logits, _ = target(torch.cat((newest, draft_tokens), 1), cache)
+        scored = now(prompt)
+        target_probs = law(logits)
+
+        # 3. Judge.
+        n_accepted, next_token = rule(target_probs, draft_probs, draft_tokens, generator)
+
+        # 4. Commit up to the budget, or to the first EOS, and forget the rest.
+        tokens = F.pad(draft_tokens, (0, 1)).scatter(1, n_accepted[:, None], next_token[:, None])
+        n_new = torch.minimum(n_accepted + 1, room)
+        text.scatter_(1, length[:, None] + step[: n + 1], tokens)
+        if eos is not None:
+            is_eos = (tokens == eos) & (step[: n + 1] < n_new[:, None])
+            n_new = torch.where(is_eos.any(1), is_eos.long().argmax(1) + 1, n_new)
+            end = torch.where(is_eos.any(1), length + n_new, end)
+        length = length + n_new
+        cache.rollback(length - 1)
+        drafter.rollback(length - 1)
+
+        guessed = (draft_probs.gather(-1, draft_tokens[..., None])[..., 0] != 0).sum(1)
+        judged = torch.minimum(n_accepted + (n_accepted < guessed), n_new)
+        overlap = torch.minimum(target_probs[:, :-1], draft_probs).sum(-1)
+        overlap = torch.where(step[:n] < judged[:, None], overlap, 0).sum(1)
+        seconds = {"draft": drafter.seconds - drafting, "verify": scored - drafted}
+        seconds["rest"] = now(prompt) - start - sum(seconds.values())
+        yield Round(tokens, n_new, guessed, torch.minimum(n_accepted, n_new), judged, overlap, seconds)
+
+
+@dataclass
+class Stats:
+    """Sums over all rows and rounds. A row that has ended counts no more."""
+
+    rounds: int = 0  # passes of the target, each row's counted
+    drafted: int = 0  # guesses that the target was shown
+    evaluated: int = 0  # of these, judged: the accepted ones, and the first rejected one of a round
+    accepted: int = 0
+    emitted: int = 0
+    overlap: float = 0.0  # sum over the evaluated of sum_v min(target_probs, draft_probs)
+    seconds: dict = field(default_factory=lambda: {"draft": 0.0, "verify": 0.0, "rest": 0.0})
+
+    def add(self, r):
+        self.rounds += (r.n_new > 0).sum().item()
+        self.drafted += r.n_guessed.sum().item()
+        self.evaluated += r.n_evaluated.sum().item()
+        self.accepted += r.n_accepted.sum().item()
+        self.emitted += r.n_new.sum().item()
+        self.overlap += r.overlap.sum().item()
+        for part in self.seconds:
+            self.seconds[part] += r.seconds[part]
+
+    @property
+    def acceptance_rate(self):
+        """alpha: of the guesses that were judged, the fraction accepted."""
+        return self.accepted / max(1, self.evaluated)
+
+    @property
+    def expected_acceptance_rate(self):
+        """alpha again, from the laws instead of the coins: the mean of sum min(target_probs, draft_probs). Less noise."""
+        return self.overlap / max(1, self.evaluated)
+
+    @property
+    def tokens_per_pass(self):
+        """tau. Theory, for guesses that are kept independently: (1 - alpha^(k+1)) / (1 - alpha)."""
+        return self.emitted / max(1, self.rounds)
+
+
+@dataclass
+class Result:
+    tokens: list  # B lists of new token ids
+    stats: Stats
+
+
+def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejection", temperature=1.0, top_k=None,
+             top_p=None, eos=None, seed=None):  # fmt: skip
+    """Continue prompt, (T,) or (B, T) int64, by max_new_tokens tokens a row, or up to and including the first eos.
+
+    drafter None is plain decoding; with a drafter the output has the same law, whatever the drafter. k: guesses per round.
+    temperature, top_k, top_p: see `to_probs`. seed: equal seeds give equal output; None takes a new one from the system.
+    ValueError: an argument is out of range, or prompt and budget exceed a block_size.
+    """
+    passes = rounds(target, prompt, max_new_tokens, drafter, k, rule, temperature, top_k, top_p, eos, seed)
+    result = Result([[] for _ in range(len(prompt) if torch.as_tensor(prompt).ndim == 2 else 1)], Stats())
+    for r in passes:
+        result.stats.add(r)
+        for row, tokens, n in zip(result.tokens, r.tokens.tolist(), r.n_new.tolist()):
+            row.extend(tokens[:n])
+    return result
+
+
+def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", temperature=1.0, top_k=None, top_p=None,
+           eos=None, seed=None):  # fmt: skip
+    """The same, round by round: check all arguments at once, then return an iterator of `Round`."""
+    prompt = torch.as_tensor(prompt, dtype=torch.int64, device=target.wte.weight.device)
+    prompt = prompt[None] if prompt.ndim == 1 else prompt
+    length = prompt.shape[-1] + max_new_tokens
+    if prompt.ndim != 2 or prompt.numel() == 0:
+        raise ValueError("the prompt is empty")
+    if not 0 <= prompt.min() <= prompt.max() < target.config.vocab_size:
+        raise ValueError(f"the prompt has tokens outside 0..{target.config.vocab_size - 1}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it cannot be negative")
+    if length > target.config.block_size:
+        raise ValueError(f"prompt and budget are {length} tokens; the target's block_size is {target.config.block_size}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top-k is {top_k}; it must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top-p is {top_p}; it must be above 0 and at most 1")
+    if k < 1:
+        raise ValueError(f"k is {k}; at least 1 token must be guessed")
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}; there is: {', '.join(RULES)}")
+    law = partial(to_probs, temperature=temperature, top_k=top_k, top_p=top_p)
+    generator = torch.Generator(prompt.device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    if drafter is None:
+        return plain_rounds(target, prompt, max_new_tokens, law, eos, generator)
+    drafter.check(target, length)
+    return speculative_rounds(target, drafter, prompt, max_new_tokens, k, RULES[rule], law, eos, generator)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------------
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+PROMPTS = (
+    "def binary_search(items, wanted):\n    \"\"\"Return the index of wanted in the sorted list items, or -1.\"\"\"\n",
+    "class Stack:\n    \"\"\"A last-in, first-out container.\"\"\"\n\n    def __init__(self):\n",
+    "import os\nimport sys\n\ndef main(argv=None):\n    if argv is None:\n        argv = sys.argv[1:]\n",
+    "class TestParser(unittest.TestCase):\n\n    def test_empty(self):\n        self.assertEqual(",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def find_device(name=None):
+    """A device by name; without one, the GPU where there is one. ValueError: it cannot be used here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"there is no device {name!r} here") from None
+
+
+def load_pair(folder, device, dtype=None):
+    """-> target, draft, encoding. dtype None: float32 or bfloat16, whichever makes plain decoding faster here, by a short race."""
+    target, encoding = load_checkpoint(folder / "large.pt", device, dtype)
+    draft, other = load_checkpoint(folder / "tiny.pt", device, dtype)
+    if other._mergeable_ranks != encoding._mergeable_ranks or other._special_tokens != encoding._special_tokens:
+        raise ValueError(f"large.pt and tiny.pt in {folder} have different tokenizers: their token ids do not mean the same")
+    if dtype is None:
+        race = {d: pass_seconds(target.to(d), 1, 1, 64) for d in (torch.bfloat16, torch.float32)}
+        target.to(min(race, key=race.get)), draft.to(min(race, key=race.get))
+    return target, draft, encoding
+
+
+@torch.no_grad()
+def pass_seconds(model, B, n, length, repeats=20):
+    """Median time of one pass over n tokens a row, behind a cache of `length` tokens."""
+    tokens = torch.zeros(B, length, dtype=torch.int64, device=model.wte.weight.device)
+    cache = model.new_cache(B, length + n)
+    model(tokens, cache)
+    times = []
+    for _ in range(repeats):
+        cache.rollback(length)
+        start = now(tokens)
+        model(tokens[:, :n], cache)
+        times.append(now(tokens) - start)
+    return statistics.median(times)
+
+
+def tell_story(passes, encoding):
+    """Print the first row of a generation as it comes, each token coloured by where it comes from."""
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    styles = {"accepted": ("\033[32m", "\033[0m"), "correction": ("\033[31m", "\033[0m"), "bonus": ("\033[36m", "\033[0m")}
+    if not colours:
+        styles = {"accepted": ("", ""), "correction": ("[-", "]"), "bonus": ("[+", "]")}
+    print("  ".join(f"{before}{origin}{after}" for origin, (before, after) in styles.items()), end="\n\n")
+    stats = Stats()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
+    for r in passes:
+        stats.add(r)
+        for i, token in enumerate(r.tokens[0, : r.n_new[0]].tolist()):
+            last = "bonus" if r.n_accepted[0] == r.n_guessed[0] else "correction"
+            before, after = styles["accepted" if i < r.n_accepted[0] else last]
+            print(before + decoder.decode(encoding.decode_single_token_bytes(token)) + after, end="", flush=True)
+    return stats
+
+
+def benchmark(target, draft, prompts, max_new_tokens, k, repeats, **options):
+    """Decode every prompt plainly and speculatively, in turn, `repeats` times.
+
+    Returns the Stats of all plain and of all speculative runs, and the speed-up of each pair of runs.
+    """
+    plain, speculative, speed_ups = Stats(), Stats(), []
+    for i in range(repeats):
+        for prompt in prompts:
+            pair = []
+            for drafter, total in ((None, plain), (ModelDrafter(draft), speculative)):
+                stats = Stats()
+                for r in rounds(target, prompt, max_new_tokens, drafter, k, **options):
+                    stats.add(r)
+                    total.add(r)
+                pair.append(stats.emitted / sum(stats.seconds.values()))
+            speed_ups.append(pair[1] / pair[0])
+    return plain, speculative, speed_ups
+
+
+def print_table(target, draft, prompts, max_new_tokens, k, temperatures, repeats=5, **options):
+    print(f"{'':22}tokens/s  speed-up          predicted  alpha        tau   time: draft verify  rest")
+    B, middle = len(prompts[0]), prompts[0].shape[1] + max_new_tokens // 2
+    for temperature in temperatures:
+        plain, speculative, speed_ups = benchmark(
+            target, draft, prompts, max_new_tokens, k, repeats, temperature=temperature, **options
+        )
+        one, many, guess = (
+            pass_seconds(model, B, n, middle) for model, n in ((target, 1), (target, k + 1), (draft, 1))
+        )
+        tau = speculative.tokens_per_pass
+        overhead = speculative.seconds["rest"] / (speculative.rounds / B)
+        predicted = tau * one / (many + k * guess + overhead)
+        print("greedy (temperature 0)" if temperature == 0 else f"temperature {temperature:g}")
+        for name, stats in (("plain decoding", plain), (f"draft model, k={k}", speculative)):
+            total = sum(stats.seconds.values())
+            line = f"  {name:20}{stats.emitted / total:8.0f}  "
+            if stats is speculative:
+                low, median, high = statistics.quantiles(speed_ups, n=4)
+                line += f"{median:.2f} ({low:.2f}-{high:.2f})  {predicted:9.2f}  "
+                line += f"{stats.acceptance_rate:.3f} {stats.expected_acceptance_rate:.3f}  {tau:.2f}  "
+            else:
+                line += f"{'1':50}"
+            print(line + "  ".join(f"{stats.seconds[part] / total:6.1%}" for part in stats.seconds))
+
+
+def main(argv=None):
+    parser = Parser(description="Speculative decoding beside plain decoding, with the pair of models in checkpoints/.")
+    parser.add_argument("--prompt", help="text to continue (default: four beginnings of Python code)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("-k", type=int, default=4, help="guesses per round (default: 4)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the table shows 1 and 0)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K best tokens only")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the fewest best tokens that together reach P")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows decoded at once (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster for plain decoding, measured")
+    parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="the folder of large.pt and tiny.pt")
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(args):
+    for name in ("max_new_tokens", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    dtype = args.dtype and getattr(torch, args.dtype)
+    target, draft, encoding = load_pair(args.checkpoints, find_device(args.device), dtype)
+    texts = PROMPTS if args.prompt is None else (args.prompt,)
+    prompts = [torch.tensor([encoding.encode_ordinary(text)] * args.batch, dtype=torch.int64) for text in texts]
+    temperatures = (1.0, 0.0) if args.temperature is None else (args.temperature,)
+    options = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    story = rounds(target, prompts[0], args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0],
+                   eos=encoding.eot_token, **options)  # fmt: skip
+
+    for name, model in (("target: large.pt", target), ("draft:  tiny.pt", draft)):
+        c, weight = model.config, model.wte.weight
+        n = sum(p.numel() for p in model.parameters())
+        print(f"{name:17}{n:10,} weights  {c.n_layer:2} layers x {c.n_embd:4}  {str(weight.dtype)[6:]} on {weight.device}")
+    print(f"\n{texts[0]}", end="")
+    stats = tell_story(story, encoding)
+    print(f"\n\n{stats.emitted} tokens in {stats.rounds} passes of the target\n")
+    print_table(target, draft, prompts, args.max_new_tokens, args.k, temperatures, **options)
+
+
+if __name__ == "__main__":
+    main()
