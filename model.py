@@ -8,7 +8,6 @@ Letters in shapes: B rows, T new tokens, S tokens to look at, D = n_embd, V = vo
 """
 
 import os
-import pickle
 from dataclasses import asdict, dataclass
 
 import tiktoken
@@ -151,16 +150,15 @@ def load_checkpoint(path, device=None, dtype=None):
 
     OSError: no such file. ValueError: not a checkpoint of this project, or damaged.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(GPTConfig(**content["config"]))
-        model.load_state_dict(content["weights"])
-        tokenizer = content["tokenizer"]
-        encoding = make_encoding(tokenizer["pattern"], {token.encode("latin-1"): i for i, token in enumerate(tokenizer["tokens"])})
-        if encoding.n_vocab > model.config.vocab_size:
-            raise ValueError("more tokens than embeddings")
-    except OSError:
-        raise
-    except Exception as error:  # torch.load raises many kinds
-        raise ValueError(f"{path} is damaged, or not a checkpoint of this project ({type(error).__name__})") from error
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            model = GPT(GPTConfig(**content["config"]))
+            model.load_state_dict(content["weights"])
+            tokenizer = content["tokenizer"]
+            encoding = make_encoding(tokenizer["pattern"], {token.encode("latin-1"): i for i, token in enumerate(tokenizer["tokens"])})
+            if encoding.n_vocab > model.config.vocab_size:
+                raise ValueError("more tokens than embeddings")
+        except Exception as error:  # torch.load raises many kinds
+            raise ValueError(f"{path} is damaged, or not a checkpoint of this project ({type(error).__name__})") from error
     return model.to(device=device, dtype=dtype or torch.float32).eval(), encoding
