@@ -18,52 +18,57 @@ class KVCache:
     One pass of a model over T new tokens calls `extend(T)` once, then `write` once per layer.
     """
 
+    @torch.inference_mode(False)  # made inside it or not, the buffers are ordinary tensors that anyone may write to
     def __init__(self, n_layer, batch_size, n_head, max_length, head_dim, device=None, dtype=None):
-        self.k = torch.zeros(n_layer, batch_size, n_head, max_length, head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
+        self._kv = torch.zeros(2, n_layer, batch_size, n_head, max_length, head_dim, device=device, dtype=dtype)
+        self.k, self.v = self._kv
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._slot = torch.arange(max_length, device=device)
         self._row = torch.arange(batch_size, device=device)[:, None]
+        # Row t is what position t may look at, as it is added to attention scores: 0 up to t, then -inf.
+        self._causal = torch.full((max_length, max_length), -torch.inf, device=device, dtype=dtype).triu_(1)
 
     def extend(self, T):
         """Give every row T more slots, to be filled by `write`.
 
-        Returns positions (B, T), where the T tokens of each row stand, and mask, (B or 1, 1, T, S) bool: True where a token
-        may look. S covers the longest row. The mask is aligned at the bottom right: the last of the T tokens sees its whole
-        row. It is None when everything may be seen. ValueError: a row would outgrow max_length.
+        Returns positions, (T,) or (B, T), where the T tokens stand, and mask, (T, S) or (B, 1, T, S), to be added to the
+        attention scores, S being the end of the longest row. Bottom-right aligned: the last of the T tokens sees its whole
+        row. A mask of None: everything may be seen. ValueError: a row would outgrow max_length.
         """
-        shortest, longest = self.length.min().item(), self.length.max().item()
-        if longest + T > len(self._slot):
+        lengths = self.length.tolist()
+        shortest, longest = min(lengths), max(lengths)
+        S = longest + T
+        if S > len(self._slot):
             raise ValueError(f"the cache holds {len(self._slot)} tokens a row; {longest} + {T} do not fit")
-        self._level = shortest == longest  # then one slice serves all rows, twice as fast as an index per row
-        self._end = longest + T
-        self._positions = self.length[:, None] + self._slot[:T]
-        self.length = self.length + T
-        if self._level:
-            mask = None if T == 1 else self._slot[: self._end] <= self._positions[:1, None, :, None]
+        self._visible = self._kv[..., :S, :].unbind(1)  # of each layer: (2, B, n_head, S, head_dim)
+        if shortest == longest:  # then one slice serves all rows, faster than an index per row
+            self._new = self._kv[..., longest:S, :].unbind(1)
+            positions = self._slot[longest:S]
+            mask = None if T == 1 else self._causal[longest:S, :S]
         else:
-            mask = self._slot[: self._end] <= self._positions[:, None, :, None]
+            self._new = None
+            self._positions = positions = self.length[:, None] + self._slot[:T]
+            mask = self._causal[positions, :S][:, None]
             # Hidden slots get weight 0, but 0 * NaN is NaN: whatever a shorter row has beyond its end becomes 0 as well.
-            stale = self._slot[shortest + T : self._end] >= self.length[:, None]
-            for buffer in (self.k, self.v):
-                buffer[:, :, :, shortest + T : self._end].masked_fill_(stale[None, :, None, :, None], 0)
-        return self._positions, mask
+            stale = self._slot[shortest + T : S] >= self.length[:, None] + T
+            self._kv[..., shortest + T : S, :].masked_fill_(stale[:, None, :, None], 0)
+        self.length = self.length + T
+        return positions, mask
 
-    def write(self, layer, k, v):
-        """Store k and v, (B, n_head, T, head_dim), in the slots given by `extend`. Returns all up to S: (B, n_head, S, head_dim)."""
-        for buffer, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self._level:
-                buffer[:, :, self._end - new.shape[2] : self._end] = new
-            else:
-                buffer[self._row, :, self._positions] = new.transpose(1, 2)
-        return self.k[layer, :, :, : self._end], self.v[layer, :, :, : self._end]
+    def write(self, layer, kv):
+        """Store keys and values, (2, B, n_head, T, head_dim), in the slots given by `extend`. Returns all: (2, B, n_head, S, head_dim)."""
+        if self._new:
+            self._new[layer].copy_(kv)
+        else:
+            self._visible[layer][:, self._row, :, self._positions] = kv.permute(1, 3, 0, 2, 4)
+        return self._visible[layer]
 
     def rollback(self, length):
         """Forget everything from position `length` on: an int for all rows, or (B,) int64. Nothing is copied.
 
         ValueError: a length is negative, or longer than what the row holds.
         """
-        length = torch.as_tensor(length, dtype=torch.int64, device=self.length.device).expand_as(self.length)
-        if ((length < 0) | (length > self.length)).any():
+        length = torch.as_tensor(length, dtype=torch.int64, device=self.length.device).expand_as(self.length).clone()
+        if not all(0 <= new <= old for new, old in zip(length.tolist(), self.length.tolist())):
             raise ValueError(f"cannot roll back from {self.length.tolist()} to {length.tolist()} tokens")
-        self.length = length.clone()
+        self.length = length

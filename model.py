@@ -40,7 +40,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x):
-        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        return torch.addmm(self.bias, x, self.weight)
 
 
 class Attention(nn.Module):
@@ -50,15 +50,12 @@ class Attention(nn.Module):
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd, std=0.02 / (2 * config.n_layer) ** 0.5)
 
-    def forward(self, x, layer, cache, mask):
-        B, T, D = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            k, v = cache.write(layer, k, v)  # (B, n_head, S, head_dim)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+    def forward(self, x, B, layer, cache, mask):
+        T, D = len(x) // B, x.shape[1]
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_dim)
+        k, v = qkv[1:] if cache is None else cache.write(layer, qkv[1:])  # each (B, n_head, S, head_dim)
+        y = F.scaled_dot_product_attention(qkv[0], k, v, attn_mask=mask, is_causal=cache is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B * T, D))
 
 
 class MLP(nn.Module):
@@ -79,8 +76,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer, cache, mask):
-        x = x + self.attn(self.ln_1(x), layer, cache, mask)
+    def forward(self, x, B, layer, cache, mask):
+        x = x + self.attn(self.ln_1(x), B, layer, cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -113,10 +110,11 @@ class GPT(nn.Module):
             positions, mask = cache.extend(tokens.shape[1])
             # A row of a batch that is about to end may be given guesses past block_size. Nobody reads what comes of them.
             positions = positions.clamp(max=self.config.block_size - 1)
-        x = self.wte(tokens) + self.wpe(positions)
+        B, T = tokens.shape
+        x = (self.wte(tokens) + self.wpe(positions)).flatten(0, 1)
         for layer, block in enumerate(self.h):
-            x = block(x, layer, cache, mask)
-        hidden = self.ln_f(x)
+            x = block(x, B, layer, cache, mask)
+        hidden = self.ln_f(x).unflatten(0, (B, T))
         return F.linear(hidden, self.wte.weight), hidden
 
     def new_cache(self, batch_size, max_length=None):

@@ -84,41 +84,45 @@ def categorical(probs, generator=None):
 
 @dataclass
 class Round:
-    """What one pass of the target came to, for each of B rows. Plain decoding fills in the first two lines."""
+    """What one pass of the target came to, in each of B rows. Plain decoding is the case of no guesses."""
 
     tokens: torch.Tensor  # (B, k+1) int64: accepted guesses, then the rule's own token; the rest has no meaning
-    n_new: torch.Tensor  # (B,) how many of them are emitted: 0 in a row that has ended
-    n_guessed: torch.Tensor  # (B,) guesses that the target was shown
-    n_accepted: torch.Tensor  # (B,) guesses that became output
-    n_evaluated: torch.Tensor  # (B,) guesses that were judged: the accepted ones, and the first rejected one
-    overlap: torch.Tensor  # (B,) sum over judged guesses of sum_v min(target_probs, draft_probs)
-    seconds: dict  # in the forward passes of the draft, in those of the target ("verify"), and in all the "rest"
+    n_new: torch.Tensor  # (B,) how many of them are output: 0 in a row that has ended
+    n_accepted: torch.Tensor  # (B,) how many guesses the rule accepted, before output was cut at EOS
+    target_probs: torch.Tensor  # (B, k+1, V)
+    draft_probs: torch.Tensor  # (B, k, V); a row of zeros is no guess
+    seconds: dict  # spent in passes of the draft, in passes of the target ("verify"), and on the "rest"
+
+    @property
+    def n_guessed(self):
+        """(B,) guesses that the target was shown."""
+        return (self.draft_probs != 0).any(-1).sum(1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def plain_rounds(target, prompt, max_new_tokens, law, eos, generator):
     """Decode with the target alone, a token per pass: the baseline, and the law that speculation must reproduce."""
-    B = len(prompt)
-    cache = target.new_cache(B, prompt.shape[1] + max_new_tokens)
+    B, T = prompt.shape
+    cache = target.new_cache(B, T + max_new_tokens)
     target(prompt[:, :-1], cache)
     token, going = prompt[:, -1:], torch.ones_like(prompt[:, 0])
-    none = torch.zeros_like(going)
     for _ in range(max_new_tokens):
-        start = now(prompt)
+        start = now()
         logits, _ = target(token, cache)
-        passed = now(prompt)
-        token = categorical(law(logits), generator)
-        seconds = {"draft": 0.0, "verify": passed - start, "rest": now(prompt) - passed}
-        yield Round(token, going, none, none, none, none, seconds)
+        passed = now()
+        probs = law(logits)
+        token = categorical(probs, generator)
+        seconds = {"draft": 0.0, "verify": passed - start, "rest": now() - passed}
+        yield Round(token, going, torch.zeros_like(going), probs, probs[:, :0], seconds)
         if eos is not None:
             going = going * (token[:, 0] != eos)
             if not going.any():
                 return
 
 
-def now(tensor):
-    """Seconds on a clock, once the work queued on the tensor's device is done."""
-    if tensor.is_cuda:
+def now():
+    """Seconds on a clock, once all queued work is done."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -188,9 +192,9 @@ class ModelDrafter:
         tokens = text.gather(1, (length - lacking)[:, None] + torch.arange(lacking, device=text.device))
         draft_tokens, draft_probs = [text[:, :0]], []
         for _ in range(k):
-            start = now(text)
+            start = now()
             logits, _ = self.model(tokens, self.cache)
-            self.seconds += now(text) - start
+            self.seconds += now() - start
             draft_probs.append(law(logits[:, -1]))
             tokens = categorical(draft_probs[-1], generator)[:, None]
             draft_tokens.append(tokens)
@@ -205,7 +209,7 @@ class ModelDrafter:
 # -- the loop ----------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eos, generator):
     """Decode with any drafter and any rule. Rows of a batch go at their own pace; a row that has ended waits with 0 room.
 
@@ -220,44 +224,40 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
     target(prompt[:, :-1], cache)
     drafter.start(prompt, text.shape[1])
 
-    while (most := (end - length).max().item()) > 0:
-        start, drafting = now(prompt), drafter.seconds
-        room = end - length
+    while (most := (room := end - length).max().item()) > 0:
+        start, drafting = now(), drafter.seconds
         n = min(k, most - 1)  # the rule adds one token, so more guesses could not be used
 
-        # 1. Guess, and withdraw what a row has no room for.
+        # 1. Guess, and withdraw the guesses that a row has no room for.
         draft_tokens, draft_probs = drafter.propose(text, length, n, law, generator)
         draft_probs = draft_probs * (step[:n] < room[:, None] - 1)[..., None]
 
-        # 2. Score: row i of target_probs is the law after guess i; row 0, after the newest token.
-        drafted = now(prompt)
-        newest = text.gather(1, length[:, None] - 1)
-        logits, _ = target(torch.cat((newest, draft_tokens), 1), cache)
-        scored = now(prompt)
+        # 2. Score: target_probs[:, i] is the law after guess i; at 0, after the newest token.
+        tokens = torch.cat((text.gather(1, length[:, None] - 1), draft_tokens), 1)
+        ready = now()
+        logits, _ = target(tokens, cache)
+        scored = now()
         target_probs = law(logits)
 
         # 3. Judge.
         n_accepted, next_token = rule(target_probs, draft_probs, draft_tokens, generator)
 
         # 4. Commit up to the budget, or to the first EOS, and forget the rest.
-        tokens = F.pad(draft_tokens, (0, 1)).scatter(1, n_accepted[:, None], next_token[:, None])
+        tokens = F.pad(draft_tokens, (0, 1)).scatter_(1, n_accepted[:, None], next_token[:, None])
         n_new = torch.minimum(n_accepted + 1, room)
-        text.scatter_(1, length[:, None] + step[: n + 1], tokens)
         if eos is not None:
             is_eos = (tokens == eos) & (step[: n + 1] < n_new[:, None])
-            n_new = torch.where(is_eos.any(1), is_eos.long().argmax(1) + 1, n_new)
-            end = torch.where(is_eos.any(1), length + n_new, end)
+            ends = is_eos.any(1)
+            n_new = torch.where(ends, is_eos.long().argmax(1) + 1, n_new)
+            end = torch.where(ends, length + n_new, end)
+        text.scatter_(1, length[:, None] + step[: n + 1], tokens)
         length = length + n_new
         cache.rollback(length - 1)
         drafter.rollback(length - 1)
 
-        guessed = (draft_probs.gather(-1, draft_tokens[..., None])[..., 0] != 0).sum(1)
-        judged = torch.minimum(n_accepted + (n_accepted < guessed), n_new)
-        overlap = torch.minimum(target_probs[:, :-1], draft_probs).sum(-1)
-        overlap = torch.where(step[:n] < judged[:, None], overlap, 0).sum(1)
-        seconds = {"draft": drafter.seconds - drafting, "verify": scored - drafted}
-        seconds["rest"] = now(prompt) - start - sum(seconds.values())
-        yield Round(tokens, n_new, guessed, torch.minimum(n_accepted, n_new), judged, overlap, seconds)
+        seconds = {"draft": drafter.seconds - drafting, "verify": scored - ready}
+        seconds["rest"] = now() - start - sum(seconds.values())
+        yield Round(tokens, n_new, n_accepted, target_probs, draft_probs, seconds)
 
 
 @dataclass
@@ -273,12 +273,15 @@ class Stats:
     seconds: dict = field(default_factory=lambda: {"draft": 0.0, "verify": 0.0, "rest": 0.0})
 
     def add(self, r):
+        guessed = r.n_guessed
+        judged = torch.minimum(r.n_accepted + (r.n_accepted < guessed), r.n_new)
+        overlap = torch.minimum(r.target_probs[:, : r.draft_probs.shape[1]], r.draft_probs).sum(-1)
         self.rounds += (r.n_new > 0).sum().item()
-        self.drafted += r.n_guessed.sum().item()
-        self.evaluated += r.n_evaluated.sum().item()
-        self.accepted += r.n_accepted.sum().item()
+        self.drafted += guessed.sum().item()
+        self.evaluated += judged.sum().item()
+        self.accepted += torch.minimum(r.n_accepted, r.n_new).sum().item()
         self.emitted += r.n_new.sum().item()
-        self.overlap += r.overlap.sum().item()
+        self.overlap += overlap[torch.arange(overlap.shape[1], device=overlap.device) < judged[:, None]].sum().item()
         for part in self.seconds:
             self.seconds[part] += r.seconds[part]
 
@@ -382,137 +385,153 @@ def find_device(name=None):
 
 def load_pair(folder, device, dtype=None):
     """-> target, draft, encoding. dtype None: float32 or bfloat16, whichever makes plain decoding faster here, by a short race."""
+    if dtype is None:
+        both = {d: load_checkpoint(folder / "large.pt", device, d)[0] for d in (torch.float32, torch.bfloat16)}
+        seconds = median_seconds({d: one_pass(model, 1, 1, 64) for d, model in both.items()})
+        dtype = min(seconds, key=seconds.get)
     target, encoding = load_checkpoint(folder / "large.pt", device, dtype)
     draft, other = load_checkpoint(folder / "tiny.pt", device, dtype)
-    if other._mergeable_ranks != encoding._mergeable_ranks or other._special_tokens != encoding._special_tokens:
+    if other._mergeable_ranks != encoding._mergeable_ranks or other._pat_str != encoding._pat_str:
         raise ValueError(f"large.pt and tiny.pt in {folder} have different tokenizers: their token ids do not mean the same")
-    if dtype is None:
-        race = {d: pass_seconds(target.to(d), 1, 1, 64) for d in (torch.bfloat16, torch.float32)}
-        target.to(min(race, key=race.get)), draft.to(min(race, key=race.get))
     return target, draft, encoding
 
 
-@torch.no_grad()
-def pass_seconds(model, B, n, length, repeats=20):
-    """Median time of one pass over n tokens a row, behind a cache of `length` tokens."""
+def one_pass(model, B, n, length):
+    """A function that runs the model once on n tokens a row, behind a cache of `length` tokens."""
     tokens = torch.zeros(B, length, dtype=torch.int64, device=model.wte.weight.device)
     cache = model.new_cache(B, length + n)
-    model(tokens, cache)
-    times = []
+
+    @torch.inference_mode()
+    def run():
+        cache.rollback(cache.length.clamp(max=length))
+        model(tokens[:, :n] if cache.length[0] else tokens, cache)
+
+    run()
+    return run
+
+
+def median_seconds(calls, repeats=20):
+    """{name: function} -> {name: median time of a call}. The functions take turns, since the speed of a machine drifts."""
+    times = {name: [] for name in calls}
     for _ in range(repeats):
-        cache.rollback(length)
-        start = now(tokens)
-        model(tokens[:, :n], cache)
-        times.append(now(tokens) - start)
-    return statistics.median(times)
+        for name, call in calls.items():
+            start = now()
+            call()
+            times[name].append(now() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
-def tell_story(passes, encoding):
-    """Print the first row of a generation as it comes, each token coloured by where it comes from."""
-    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    styles = {"accepted": ("\033[32m", "\033[0m"), "correction": ("\033[31m", "\033[0m"), "bonus": ("\033[36m", "\033[0m")}
-    if not colours:
-        styles = {"accepted": ("", ""), "correction": ("[-", "]"), "bonus": ("[+", "]")}
-    print("  ".join(f"{before}{origin}{after}" for origin, (before, after) in styles.items()), end="\n\n")
-    stats = Stats()
+def tell(passes, encoding):
+    """Print the first row of a generation as it comes, each token marked by where it comes from. Returns its Stats."""
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        marks = {"accepted guess": ("\033[32m", "\033[0m"), "correction": ("\033[31m", "\033[0m"), "bonus": ("\033[36m", "\033[0m")}
+    else:
+        marks = {"accepted guess": ("", ""), "correction": ("[-", "]"), "bonus": ("[+", "]")}
+    print("   ".join(before + origin + after for origin, (before, after) in marks.items()) + "\n")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
+    stats = Stats()
     for r in passes:
         stats.add(r)
+        last = "bonus" if r.n_accepted[0] == r.n_guessed[0] else "correction"
         for i, token in enumerate(r.tokens[0, : r.n_new[0]].tolist()):
-            last = "bonus" if r.n_accepted[0] == r.n_guessed[0] else "correction"
-            before, after = styles["accepted" if i < r.n_accepted[0] else last]
+            before, after = marks["accepted guess" if i < r.n_accepted[0] else last]
             print(before + decoder.decode(encoding.decode_single_token_bytes(token)) + after, end="", flush=True)
     return stats
 
 
-def benchmark(target, draft, prompts, max_new_tokens, k, repeats, **options):
-    """Decode every prompt plainly and speculatively, in turn, `repeats` times.
+def compare(target, draft, prompts, max_new_tokens, k, repeats=5, **options):
+    """Decode every prompt plainly and speculatively, in turn, and measure the passes of both models on their own.
 
-    Returns the Stats of all plain and of all speculative runs, and the speed-up of each pair of runs.
+    Returns the Stats of all plain runs, those of all speculative runs, the speed-up of each pair of runs, and the median
+    seconds of a pass: "T1" and "Tk" of the target over 1 and k+1 tokens, "D1" of the draft over 1.
     """
-    plain, speculative, speed_ups = Stats(), Stats(), []
-    for i in range(repeats):
-        for prompt in prompts:
-            pair = []
-            for drafter, total in ((None, plain), (ModelDrafter(draft), speculative)):
-                stats = Stats()
-                for r in rounds(target, prompt, max_new_tokens, drafter, k, **options):
-                    stats.add(r)
-                    total.add(r)
-                pair.append(stats.emitted / sum(stats.seconds.values()))
-            speed_ups.append(pair[1] / pair[0])
-    return plain, speculative, speed_ups
-
-
-def print_table(target, draft, prompts, max_new_tokens, k, temperatures, repeats=5, **options):
-    print(f"{'':22}tokens/s  speed-up          predicted  alpha        tau   time: draft verify  rest")
     B, middle = len(prompts[0]), prompts[0].shape[1] + max_new_tokens // 2
+    models = {"T1": (target, 1), "Tk": (target, k + 1), "D1": (draft, 1)}
+    seconds = median_seconds({name: one_pass(model, B, n, middle) for name, (model, n) in models.items()}, 50)
+    totals, speed_ups = (Stats(), Stats()), []
+    for prompt in prompts * repeats:
+        speed = []
+        for total, drafter in zip(totals, (None, ModelDrafter(draft))):
+            stats = Stats()
+            for r in rounds(target, prompt, max_new_tokens, drafter, k, **options):
+                stats.add(r)
+                total.add(r)
+            speed.append(stats.emitted / sum(stats.seconds.values()))
+        speed_ups.append(speed[1] / speed[0])
+    return *totals, speed_ups, seconds
+
+
+def print_table(target, draft, prompts, max_new_tokens, k, temperatures, **options):
+    print(f"{'':20} tokens/s  speed-up          predicted  alpha        tau   draft  verify   rest")
     for temperature in temperatures:
-        plain, speculative, speed_ups = benchmark(
-            target, draft, prompts, max_new_tokens, k, repeats, temperature=temperature, **options
-        )
-        one, many, guess = (
-            pass_seconds(model, B, n, middle) for model, n in ((target, 1), (target, k + 1), (draft, 1))
-        )
-        tau = speculative.tokens_per_pass
-        overhead = speculative.seconds["rest"] / (speculative.rounds / B)
-        predicted = tau * one / (many + k * guess + overhead)
-        print("greedy (temperature 0)" if temperature == 0 else f"temperature {temperature:g}")
-        for name, stats in (("plain decoding", plain), (f"draft model, k={k}", speculative)):
+        plain, ours, speed_ups, t = compare(target, draft, prompts, max_new_tokens, k, temperature=temperature, **options)
+        rest = ours.seconds["rest"] / ours.rounds * len(prompts[0])
+        predicted = ours.tokens_per_pass * t["T1"] / (t["Tk"] + k * t["D1"] + rest)
+        low, median, high = statistics.quantiles(speed_ups, n=4)
+        columns = f"{median:.2f} ({low:.2f}-{high:.2f})  {predicted:9.2f}  {ours.acceptance_rate:.3f} {ours.expected_acceptance_rate:.3f}"
+        print(f"temperature {temperature:g}" + " (greedy)" * (temperature == 0))
+        for name, stats, columns in (("plain decoding", plain, f"{'1':41}"), (f"draft model, k={k}", ours, columns)):
             total = sum(stats.seconds.values())
-            line = f"  {name:20}{stats.emitted / total:8.0f}  "
-            if stats is speculative:
-                low, median, high = statistics.quantiles(speed_ups, n=4)
-                line += f"{median:.2f} ({low:.2f}-{high:.2f})  {predicted:9.2f}  "
-                line += f"{stats.acceptance_rate:.3f} {stats.expected_acceptance_rate:.3f}  {tau:.2f}  "
-            else:
-                line += f"{'1':50}"
-            print(line + "  ".join(f"{stats.seconds[part] / total:6.1%}" for part in stats.seconds))
+            shares = "  ".join(f"{seconds / total:6.1%}" for seconds in stats.seconds.values())
+            print(f"  {name:18} {stats.emitted / total:8.0f}  {columns}  {stats.tokens_per_pass:.2f}  {shares}")
+        ms = {name: f"{1000 * seconds:.2f}" for name, seconds in (t | {"rest": rest}).items()}
+        print(f"  predicted: {ours.tokens_per_pass:.2f} x {ms['T1']} ms / ({ms['Tk']} + {k} x {ms['D1']} + {ms['rest']} ms)")
+
+
+GLOSSARY = """
+speed-up             of speculation over plain decoding, pair by pair: median (quartiles)
+predicted            tau x T_target(1) / (T_target(k+1) + k x T_draft(1) + rest), T(n) = time of one pass over n tokens
+alpha                acceptance rate: accepted / judged guesses; and as the laws have it, mean of sum min(target, draft)
+tau                  tokens per pass of the target; at most k+1
+draft, verify, rest  where the time goes: passes of the draft, passes of the target, everything else"""
 
 
 def main(argv=None):
     parser = Parser(description="Speculative decoding beside plain decoding, with the pair of models in checkpoints/.")
     parser.add_argument("--prompt", help="text to continue (default: four beginnings of Python code)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("-k", type=int, default=4, help="guesses per round (default: 4)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the table shows 1 and 0)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: first 1, then 0)")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K best tokens only")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the fewest best tokens that together reach P")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows decoded at once (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster for plain decoding, measured")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster in plain decoding, by a short race")
     parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="the folder of large.pt and tiny.pt")
     args = parser.parse_args(argv)
     try:
-        run(args)
+        demonstrate(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def run(args):
-    for name in ("max_new_tokens", "batch"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    dtype = args.dtype and getattr(torch, args.dtype)
-    target, draft, encoding = load_pair(args.checkpoints, find_device(args.device), dtype)
+def demonstrate(args):
+    for option in ("max_new_tokens", "batch"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
+    device = find_device(args.device)
+    target, draft, encoding = load_pair(args.checkpoints, device, args.dtype and getattr(torch, args.dtype))
     texts = PROMPTS if args.prompt is None else (args.prompt,)
-    prompts = [torch.tensor([encoding.encode_ordinary(text)] * args.batch, dtype=torch.int64) for text in texts]
+    prompts = [torch.tensor([encoding.encode_ordinary(text)] * args.batch) for text in texts]
     temperatures = (1.0, 0.0) if args.temperature is None else (args.temperature,)
     options = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-    story = rounds(target, prompts[0], args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0],
-                   eos=encoding.eot_token, **options)  # fmt: skip
+    for prompt in prompts:  # refuses bad arguments before anything is printed
+        passes = rounds(target, prompt, args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0], **options)
 
-    for name, model in (("target: large.pt", target), ("draft:  tiny.pt", draft)):
-        c, weight = model.config, model.wte.weight
-        n = sum(p.numel() for p in model.parameters())
-        print(f"{name:17}{n:10,} weights  {c.n_layer:2} layers x {c.n_embd:4}  {str(weight.dtype)[6:]} on {weight.device}")
-    print(f"\n{texts[0]}", end="")
-    stats = tell_story(story, encoding)
-    print(f"\n\n{stats.emitted} tokens in {stats.rounds} passes of the target\n")
+    for name, model in (("large.pt, the target:", target), ("tiny.pt, the draft:", draft)):
+        weights, c = sum(p.numel() for p in model.parameters()), model.config
+        print(f"{name:21} {weights:10,} weights in {c.n_layer} x {c.n_embd}, {str(model.wte.weight.dtype)[6:]} on {device}")
+    print(f"\nprompt, then {args.max_new_tokens} new tokens:", end=" ")
+    passes = rounds(target, prompts[0], args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0], **options)
+    print(texts[0], end="")
+    stats = tell(passes, encoding)
+    print(f"\n\n{stats.emitted} tokens in {stats.rounds} passes of the target.\n")
+    print(f"The same {len(prompts)} prompts, {args.max_new_tokens} new tokens each, plain and speculative in turn, 5 times, after prefill:\n")
     print_table(target, draft, prompts, args.max_new_tokens, args.k, temperatures, **options)
+    print(GLOSSARY)
 
 
 if __name__ == "__main__":
