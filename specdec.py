@@ -74,9 +74,11 @@ def bernoulli(probs, generator=None):
 def categorical(probs, generator=None):
     """One token per law: (..., V) -> (...) int64.
 
-    A race: token v arrives after a time Exponential(1) / probs[v], and the first one wins with exactly probability probs[v].
+    A race: token v arrives at time Exponential(1) / probs[v], where Exponential(1) = -log u, and the first to arrive is v with
+    exactly probability probs[v]. (torch.multinomial runs the same race, more slowly.)
     """
-    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+    log_u = torch.rand(probs.shape, generator=generator, device=probs.device, dtype=torch.float64).log_()
+    return (probs / log_u.clamp_(min=-1e3)).argmin(-1)  # clamped for u = 0: -inf would put all tokens level, impossible ones too
 
 
 # -- plain decoding ----------------------------------------------------------------------------------------------------------
@@ -143,20 +145,20 @@ def verify(target_probs, draft_probs, draft_tokens, generator=None):
         Together (.5 + .2, .3) = (.7, .3): the target's law. The guess is kept with probability .8 = min(.7,.5) + min(.3,.5).
     """
     guess = draft_tokens[..., None]
-    target_x = target_probs[:, :-1].gather(-1, guess)[..., 0]
-    draft_x = draft_probs.gather(-1, guess)[..., 0]
+    target_x, draft_x = target_probs[:, :-1].gather(-1, guess)[..., 0], draft_probs.gather(-1, guess)[..., 0]
     # Keep x_i with probability min(1, target / draft). No guess (draft_x = 0), or a broken one (NaN), is never kept.
-    kept = bernoulli(torch.where(draft_x > 0, target_x / draft_x, 0).clamp(max=1), generator)
-    n_accepted = kept.long().cumprod(-1).sum(-1)  # up to the first rejection
+    kept = bernoulli(torch.where(draft_x > 0, target_x / draft_x, 0).clamp_(max=1), generator)
+    n_accepted = kept.cumprod(-1).sum(-1)  # up to the first rejection
 
-    # The residual at the first rejection. After the last guess the draft has no law: with zeros in its place the residual
-    # is the target's law itself, which is the bonus token's.
+    # The residual at the first rejection. Behind the last guess nothing is subtracted: there it is the law of the bonus token.
+    residual = target_probs.clone()
+    residual[:, :-1] -= draft_probs
     at = n_accepted[:, None, None].expand(-1, 1, target_probs.shape[-1])
-    target_law = target_probs.gather(1, at)[:, 0]
-    residual = (target_law - F.pad(draft_probs, (0, 0, 0, 1)).gather(1, at)[:, 0]).clamp(min=0)
+    residual = residual.gather(1, at)[:, 0].clamp_(min=0)
     mass = residual.sum(-1, keepdim=True)
-    # No mass: the two laws are equal up to rounding. A NaN is not > 0 either.
-    return n_accepted, categorical(torch.where(mass > 0, residual / mass, target_law), generator)
+    # No mass (or NaN, which is not > 0 either): the laws are equal up to rounding, and any of their tokens is right.
+    law = torch.where(mass > 0, residual / mass, target_probs.gather(1, at)[:, 0])
+    return n_accepted, categorical(law, generator)
 
 
 RULES = {"rejection": verify}
@@ -219,7 +221,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
     text = F.pad(prompt, (0, max_new_tokens + k + 1))  # output is written here, with room for guesses that are not kept
     length = torch.full((B,), T, device=prompt.device)  # of the text in each row
     end = length + max_new_tokens  # where it will stop
-    step = torch.arange(k + 1, device=prompt.device)
+    step = torch.arange(k + 1, device=prompt.device)[None]
     cache = target.new_cache(B, text.shape[1])
     target(prompt[:, :-1], cache)
     drafter.start(prompt, text.shape[1])
@@ -230,7 +232,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
 
         # 1. Guess, and withdraw the guesses that a row has no room for.
         draft_tokens, draft_probs = drafter.propose(text, length, n, law, generator)
-        draft_probs = draft_probs * (step[:n] < room[:, None] - 1)[..., None]
+        draft_probs = draft_probs * (step[:, :n, None] < room[:, None, None] - 1)
 
         # 2. Score: target_probs[:, i] is the law after guess i; at 0, after the newest token.
         tokens = torch.cat((text.gather(1, length[:, None] - 1), draft_tokens), 1)
@@ -243,14 +245,14 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         n_accepted, next_token = rule(target_probs, draft_probs, draft_tokens, generator)
 
         # 4. Commit up to the budget, or to the first EOS, and forget the rest.
-        tokens = F.pad(draft_tokens, (0, 1)).scatter_(1, n_accepted[:, None], next_token[:, None])
+        tokens = torch.cat((draft_tokens, next_token[:, None]), 1).scatter_(1, n_accepted[:, None], next_token[:, None])
         n_new = torch.minimum(n_accepted + 1, room)
         if eos is not None:
-            is_eos = (tokens == eos) & (step[: n + 1] < n_new[:, None])
+            is_eos = (tokens == eos) & (step[:, : n + 1] < n_new[:, None])
             ends = is_eos.any(1)
             n_new = torch.where(ends, is_eos.long().argmax(1) + 1, n_new)
             end = torch.where(ends, length + n_new, end)
-        text.scatter_(1, length[:, None] + step[: n + 1], tokens)
+        text.scatter_(1, length[:, None] + step[:, : n + 1], tokens)
         length = length + n_new
         cache.rollback(length - 1)
         drafter.rollback(length - 1)

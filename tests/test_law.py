@@ -1,0 +1,136 @@
+"""Proof, part 1: the exact joint law of what the real `generate` emits is the target's own, to 1e-12."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import make_gpt
+from enumerator import outcomes
+from kvcache import KVCache
+from model import GPTConfig
+from specdec import ModelDrafter, generate, to_probs
+
+
+class TableModel:
+    """The smallest thing that `generate` takes for a GPT: the law of the next token is read from a table.
+
+    probs (L, V, V): row [t, x] is the law after token x at position t. The cache holds nothing but its lengths.
+    """
+
+    def __init__(self, probs):
+        self.table = torch.as_tensor(probs, dtype=torch.float64).log()
+        self.config = GPTConfig(self.table.shape[-1], len(self.table), 1, 1, 1)
+        self.wte = torch.nn.Embedding(1, 1)  # names the device
+
+    def new_cache(self, batch_size, max_length):
+        return KVCache(1, batch_size, 1, max_length, 1)
+
+    def __call__(self, tokens, cache):
+        positions, _ = cache.extend(tokens.shape[1])
+        return self.table[positions.clamp(max=len(self.table) - 1), tokens], None
+
+
+def target_law(model, prompt, n, law):
+    """{n tokens: probability} of the target alone, one whole text at a time."""
+    out = {}
+    for tokens in itertools.product(range(model.config.vocab_size), repeat=n):
+        text = torch.tensor([[*prompt, *tokens]])
+        logits = model(text[:, :-1], model.new_cache(1, 64))[0][0, len(prompt) - 1 :]
+        out[tokens] = law(logits).gather(-1, text[0, len(prompt) :, None]).prod().item()
+    return out
+
+
+def emitted_law(prompts, n, run):
+    """{n tokens of every row: probability} of run() -> Result, by enumeration; and how often a guess was rejected."""
+    out, rejected = dict.fromkeys(itertools.product(itertools.product(range(run.V), repeat=n), repeat=len(prompts)), 0.0), 0.0
+    for result, probability in outcomes(run):
+        out[tuple(tuple(row) for row in result.tokens)] += probability
+        rejected += probability * (result.stats.evaluated - result.stats.accepted)
+    return out, rejected
+
+
+def assert_same_law(target, draft, prompts, n, k, **options):
+    """The joint law of n tokens in each row equals the product of the rows' own target laws. Returns the expected rejections."""
+    drafter = draft and ModelDrafter(draft)
+
+    def run():
+        return generate(target, torch.tensor(prompts), n, drafter=drafter, k=k, seed=0, **options)
+
+    run.V = target.config.vocab_size
+    got, rejected = emitted_law(prompts, n, run)
+    rows = [target_law(target, prompt, n, lambda logits: to_probs(logits, **options)) for prompt in prompts]
+    for tokens, probability in got.items():
+        expected = 1.0
+        for row, own in zip(rows, tokens):
+            expected *= row[own]
+        assert abs(probability - expected) < 1e-12, (tokens, probability, expected)
+    return rejected
+
+
+def gpts(seed, V, sharpness=3.0):
+    return make_gpt(seed, V, 16, sharpness=sharpness), make_gpt(seed + 1, V, 16, n_layer=1, n_embd=4, sharpness=sharpness)
+
+
+@pytest.mark.parametrize("V, k, n", [(2, 1, 4), (2, 2, 4), (2, 3, 5), (3, 1, 3), (3, 2, 4)])
+def test_small_gpts(V, k, n):
+    rejected = assert_same_law(*gpts(10 * k + V, V), [[1, 0]], n, k)
+    assert rejected > 0.2  # a test in which nothing is rejected would prove little
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 10**6), st.sampled_from([(2, 1, 3), (2, 2, 4), (3, 1, 3)]))
+def test_any_small_gpts(seed, case):
+    V, k, n = case
+    assert_same_law(*gpts(seed, V), [[1, 0, 1]], n, k)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_ragged_batch(k):
+    """The joint law of two rows is the product of their own: neither waits for the other, nor hears of it."""
+    assert assert_same_law(*gpts(7, 2), [[1, 0], [0, 0]], 3, k) > 0.2
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 2}, {"top_p": 0.8}, {"top_k": 2, "top_p": 0.7, "temperature": 1.5}])
+def test_with_filters(options):
+    """Temperature, top-k and top-p apply to both laws, the one drawn from and the one judged by (BUGS C1-C8)."""
+    assert_same_law(*gpts(3, 3), [[1, 0]], 4, 2, **options)
+
+
+weights = st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any)
+
+
+def tables(V):
+    """Laws by position and last token, with zeros and one-hots among them."""
+    row = st.lists(st.sampled_from([0, 0, 1, 2, 5]), min_size=V, max_size=V).filter(any)
+    table = st.lists(st.lists(row, min_size=V, max_size=V), min_size=8, max_size=8)
+    return table.map(lambda t: TableModel(torch.tensor(t, dtype=torch.float64) / torch.tensor(t).sum(-1, keepdim=True)))
+
+
+@settings(max_examples=25)
+@given(tables(2), tables(2), st.integers(1, 3))
+def test_any_laws(target, draft, k):
+    assert_same_law(target, draft, [[0]], k + 2, k)
+
+
+@settings(max_examples=15)
+@given(tables(3), tables(3), st.integers(1, 2))
+def test_any_laws_of_three_tokens(target, draft, k):
+    assert_same_law(target, draft, [[0]], k + 2, k)
+
+
+def test_equal_and_disjoint_laws():
+    even = TableModel(torch.full((8, 2, 2), 0.5))
+    ones = TableModel(torch.tensor([0.0, 1.0]).expand(8, 2, 2))
+    zeros = TableModel(torch.tensor([1.0, 0.0]).expand(8, 2, 2))
+    for k in (1, 2, 3):
+        assert assert_same_law(even, even, [[0]], k + 2, k) == 0
+        assert assert_same_law(ones, zeros, [[0]], k + 2, k) > 1
+        assert_same_law(even, ones, [[0]], k + 2, k)
+        assert_same_law(ones, even, [[0]], k + 2, k)
+
+
+def test_plain_decoding():
+    assert_same_law(gpts(5, 3)[0], None, [[1, 0], [2, 2]], 2, 1)
