@@ -232,7 +232,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
 
         # 1. Guess, and withdraw the guesses that a row has no room for.
         draft_tokens, draft_probs = drafter.propose(text, length, n, law, generator)
-        draft_probs = draft_probs * (step[:, :n, None] < room[:, None, None] - 1)
+        draft_probs = torch.where(step[:, :n, None] < room[:, None, None] - 1, draft_probs, 0)
 
         # 2. Score: target_probs[:, i] is the law after guess i; at 0, after the newest token.
         tokens = torch.cat((text.gather(1, length[:, None] - 1), draft_tokens), 1)
@@ -299,8 +299,23 @@ class Stats:
 
     @property
     def tokens_per_pass(self):
-        """tau. Theory, for guesses that are kept independently: (1 - alpha^(k+1)) / (1 - alpha)."""
+        """tau: what a round emits, its correction or bonus included."""
         return self.emitted / max(1, self.rounds)
+
+
+def expected_tokens(alpha, k):
+    """tau by theory, if every guess is accepted with probability alpha: (1 - alpha^(k+1)) / (1 - alpha), Leviathan (1)."""
+    return sum(alpha**i for i in range(k + 1))
+
+
+def expected_speed_up(alpha, k, c):
+    """Leviathan et al. 2022, Theorem 3.8. c: time of a draft pass / time of a target pass, the latter free of extra tokens."""
+    return expected_tokens(alpha, k) / (k * c + 1)
+
+
+def best_k(alpha, c, most=64):
+    """The k with the largest expected speed-up; 0 if no guess pays."""
+    return max(range(most + 1), key=lambda k: expected_speed_up(alpha, k, c))
 
 
 @dataclass
@@ -477,14 +492,17 @@ def print_table(target, draft, prompts, max_new_tokens, k, temperatures, **optio
             shares = "  ".join(f"{seconds / total:6.1%}" for seconds in stats.seconds.values())
             print(f"  {name:18} {stats.emitted / total:8.0f}  {columns}  {stats.tokens_per_pass:.2f}  {shares}")
         ms = {name: f"{1000 * seconds:.2f}" for name, seconds in (t | {"rest": rest}).items()}
-        print(f"  predicted: {ours.tokens_per_pass:.2f} x {ms['T1']} ms / ({ms['Tk']} + {k} x {ms['D1']} + {ms['rest']} ms)")
+        print(f"  predicted: {ours.tokens_per_pass:.2f} x {ms['T1']} ms / ({ms['Tk']} + {k} x {ms['D1']} + {ms['rest']} ms)", end="; ")
+        alpha = ours.expected_acceptance_rate
+        print(f"by theory tau = {expected_tokens(alpha, k):.2f} and the best k is {best_k(alpha, t['D1'] / t['T1'])}")
 
 
 GLOSSARY = """
+tokens/s             after the prompt is read, all rows together
 speed-up             of speculation over plain decoding, pair by pair: median (quartiles)
 predicted            tau x T_target(1) / (T_target(k+1) + k x T_draft(1) + rest), T(n) = time of one pass over n tokens
 alpha                acceptance rate: accepted / judged guesses; and as the laws have it, mean of sum min(target, draft)
-tau                  tokens per pass of the target; at most k+1
+tau                  tokens per pass of the target, at most k+1; theory: (1 - alpha^(k+1)) / (1 - alpha)
 draft, verify, rest  where the time goes: passes of the draft, passes of the target, everything else"""
 
 
@@ -531,7 +549,7 @@ def demonstrate(args):
     print(texts[0], end="")
     stats = tell(passes, encoding)
     print(f"\n\n{stats.emitted} tokens in {stats.rounds} passes of the target.\n")
-    print(f"The same {len(prompts)} prompts, {args.max_new_tokens} new tokens each, plain and speculative in turn, 5 times, after prefill:\n")
+    print(f"The same {len(prompts)} prompts, {args.max_new_tokens} new tokens each, plain and speculative in turn, 5 times:\n")
     print_table(target, draft, prompts, args.max_new_tokens, args.k, temperatures, **options)
     print(GLOSSARY)
 

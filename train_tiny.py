@@ -308,7 +308,6 @@ def run(args):
     device = find_device(args.device)
     name = args.preset or ("gpu" if device.type == "cuda" else "cpu")
     preset = PRESETS[name]
-    args.checkpoints.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
 
     texts, held_out_texts = split_corpus(read_corpus(args.data))
@@ -317,6 +316,7 @@ def run(args):
     tokens, held_out = encode(encoding, texts), encode(encoding, held_out_texts)
     if min(len(tokens), len(held_out)) < 2 * (preset.block_size + 1):
         raise ValueError(f"corpus too small: {len(tokens)} tokens to train on and {len(held_out)} held out; two windows of {preset.block_size + 1} are the least")
+    args.checkpoints.mkdir(parents=True, exist_ok=True)
     print(f"tokenizer: {encoding.n_vocab} tokens; {len(tokens):,} to train on, {len(held_out):,} held out", flush=True)
 
     torch.manual_seed(args.seed)

@@ -1,0 +1,136 @@
+"""train_tiny.py: a whole run in seconds, interrupted and not; and its parts."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import train_tiny
+from conftest import make_gpt
+from model import load_checkpoint
+from train_tiny import PRESETS, Preset, distillation_loss, held_out_alpha, main, read_corpus, split_corpus
+
+SMALL = Preset(280, 16, (2, 2, 8), (1, 1, 8), 4, (6, 4, 5), 3000)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(f"line {i} of the text, and {i * i} words more\n" * 5)
+    return folder
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, corpus):
+    """train(folder, options) runs main with a preset that takes a second."""
+    monkeypatch.setitem(PRESETS, "small", SMALL)
+
+    def train(folder, *options):
+        main(["--preset", "small", "--data", str(corpus), "--dtype", "float32", "--checkpoints", str(tmp_path / folder), *options])
+        return [load_checkpoint(tmp_path / folder / f"{name}.pt")[0].state_dict() for name in ("large", "tiny")]
+
+    return train
+
+
+def same(pairs, others):
+    return all(torch.equal(a[name], b[name]) for a, b in zip(pairs, others) for name in a)
+
+
+def test_a_run_writes_a_pair_and_reports_it(train, tmp_path, capsys):
+    large, tiny = train("out")
+    assert len(large) > len(tiny)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["large.pt", "tiny.pt"]
+    out = capsys.readouterr().out
+    for words in ("held-out loss of large", "held-out loss of tiny", "before distillation", "step     6/6", "tokens/s", "min", "left"):
+        assert words in out
+    encoding = load_checkpoint(tmp_path / "out" / "tiny.pt")[1]
+    text = "line 7 of the text,\n"
+    assert encoding.decode(encoding.encode_ordinary(text)) == text and len(encoding.encode_ordinary(text)) < len(text)
+
+
+def test_seeds(train):
+    assert same(train("a"), train("b"))
+    assert not same(train("a"), train("c", "--seed", "1"))
+
+
+@pytest.mark.parametrize("stage, step", [("large", 3), ("tiny", 1), ("distil", 2)])
+def test_ctrl_c_loses_nothing(train, tmp_path, monkeypatch, capsys, stage, step):
+    """Interrupted and continued, a run ends with the very weights of one that was not; a pair that was there stays till then."""
+    expected = train("whole")
+    other = train("out", "--seed", "9")
+    show = train_tiny.Progress.show
+
+    def interrupt(self, done, loss):
+        show(self, done, loss)
+        if (self.stage, done) == (stage, step):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_tiny.Progress, "show", interrupt)
+    with pytest.raises(SystemExit) as exit:
+        train("out")
+    assert exit.value.code == 130 and f"step {step}" in capsys.readouterr().err
+    assert (tmp_path / "out" / "partial.pt").exists()
+    assert same([load_checkpoint(tmp_path / "out" / f"{name}.pt")[0].state_dict() for name in ("large", "tiny")], other)
+
+    monkeypatch.setattr(train_tiny.Progress, "show", show)
+    with pytest.raises(SystemExit) as exit:
+        train("out", "--seed", "9")
+    assert exit.value.code == 2 and "another run" in capsys.readouterr().err
+    assert same(train("out"), expected)
+    assert not (tmp_path / "out" / "partial.pt").exists()
+
+
+@pytest.mark.parametrize("what", ["missing", "empty folder", "too short", "binary", "not a folder"])
+def test_bad_corpus_gets_one_line_and_status_2(train, tmp_path, capsys, what):
+    data = tmp_path / "data"
+    if what == "empty folder":
+        data.mkdir()
+    elif what == "too short":
+        data.write_text("Too short.")
+    elif what == "binary":
+        data.write_bytes(bytes(range(256)))
+    options = ["--data", str(data)]
+    if what == "not a folder":
+        (tmp_path / "out").write_text("")
+        options = []
+    with pytest.raises(SystemExit) as exit:
+        train("out", *options)
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1 and "error: " in err
+    assert not (tmp_path / "out").is_dir()
+
+
+def test_corpus_is_utf8_text_and_the_standard_library_by_default(tmp_path):
+    (tmp_path / "b.txt").write_text("é")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "c.py").write_text("c")
+    (tmp_path / "image").write_bytes(b"\xff\xfe\x00")
+    assert read_corpus(tmp_path) == [("a/c.py", "c"), ("b.txt", "é")]
+    assert [text for _, text in read_corpus(tmp_path / "b.txt")] == ["é"]
+
+
+def test_the_split_is_by_file_and_stays_when_files_are_added():
+    documents = [(f"{i}.py", f"text {i}") for i in range(1000)]
+    train, held_out = split_corpus(documents)
+    assert 30 <= len(held_out) <= 70 and sorted(train + held_out) == sorted(text for _, text in documents)
+    assert set(held_out) <= set(split_corpus(documents + [("new.py", "new")])[1])
+    assert split_corpus([("one.txt", "x" * 100)]) == (["x" * 95], ["x" * 5])
+
+
+def test_distillation_raises_the_acceptance_rate():
+    """A hundred steps on its loss bring the draft closer to the target; with draft = target alpha is 1 without an error."""
+    large, tiny = make_gpt(1).float(), make_gpt(2).float().requires_grad_(True)
+    windows = torch.randint(7, (16, 17), generator=torch.Generator().manual_seed(0))
+    context = torch.no_grad
+    before, error = held_out_alpha(large, tiny, windows, "cpu", context)
+    optimizer = torch.optim.Adam(tiny.parameters(), lr=0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        distillation_loss(tiny, large, windows).backward()
+        optimizer.step()
+    after, _ = held_out_alpha(large, tiny, windows, "cpu", context)
+    assert 0 < error < 0.1 and after > before + 0.1
+    assert held_out_alpha(large, large, windows, "cpu", context) == pytest.approx((1, 0), abs=1e-6)
