@@ -97,8 +97,8 @@ class Round:
 
     @property
     def n_guessed(self):
-        """(B,) guesses that the target was shown."""
-        return (self.draft_probs != 0).any(-1).sum(1)
+        """(B,) guesses that the target was shown; none in a row that has ended."""
+        return (self.draft_probs != 0).any(-1).sum(1) * (self.n_new > 0)
 
 
 @torch.inference_mode()
@@ -228,11 +228,10 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
 
     while (most := (room := end - length).max().item()) > 0:
         start, drafting = now(), drafter.seconds
-        n = min(k, most - 1)  # the rule adds one token, so more guesses could not be used
+        n = min(k, most - 1)  # the rule adds one token, so no row has room for more guesses
 
-        # 1. Guess, and withdraw the guesses that a row has no room for.
+        # 1. Guess.
         draft_tokens, draft_probs = drafter.propose(text, length, n, law, generator)
-        draft_probs = torch.where(step[:, :n, None] < room[:, None, None] - 1, draft_probs, 0)
 
         # 2. Score: target_probs[:, i] is the law after guess i; at 0, after the newest token.
         tokens = torch.cat((text.gather(1, length[:, None] - 1), draft_tokens), 1)
@@ -506,6 +505,68 @@ tau                  tokens per pass of the target, at most k+1; theory: (1 - al
 draft, verify, rest  where the time goes: passes of the draft, passes of the target, everything else"""
 
 
+def pearson(observed, expected):
+    """Pearson's X2 of counts against expected counts, both (cells,).
+
+    Rare cells would spoil the chi-square law, so all that expect fewer than 10 are pooled, without a look at their counts.
+    -> X2, number of cells left, p-value, total variation between the two, and what of it chance alone would give.
+    """
+    order = expected.argsort()
+    observed, expected = observed[order].double(), expected[order].double()
+    impossible = observed[expected == 0].sum() > 0
+    n_rare = max((expected < 10).sum().item(), torch.searchsorted(expected.cumsum(0), 10).item() + 1)
+    observed, expected = (torch.cat((x[:n_rare].sum()[None], x[n_rare:])) for x in (observed, expected))
+    n, cells = expected.sum(), len(expected)
+    x2 = torch.inf if impossible else ((observed - expected) ** 2 / expected).sum().item()
+    p = torch.special.gammaincc(torch.tensor((cells - 1) / 2).double(), torch.tensor(x2 / 2).double()).item() if cells > 1 else float(x2 == 0)
+    tv = (observed - expected).abs().sum() / 2 / n
+    chance = (expected * (1 - expected / n) / (2 * torch.pi)).clamp(min=0).sqrt().sum() / n  # E|normal deviation| / 2, summed
+    return x2, cells, p, tv.item(), chance.item()
+
+
+@torch.no_grad()
+def check(target, draft, encoding, prompt, k, seed, n_samples=10_000, rows=500, **options):
+    """Sample the first two tokens after prompt (T,) many times, plainly and speculatively, and compare with their exact law.
+
+    Prints the comparison; returns whether both agree: p > 1e-6, so one false alarm in half a million runs.
+    """
+    law = partial(to_probs, **options)
+    first = law(target(prompt[None])[0][0, -1]).double()
+    likely = (n_samples * first >= 10).nonzero()[:, 0]  # the second token's law is worth asking for only after these
+    texts = torch.cat((prompt.expand(len(likely), -1), likely[:, None]), 1)
+    expected = torch.zeros(len(first), len(first), dtype=torch.float64)
+    expected[:, 0] = first.cpu()  # after an unlikely first token, all second ones are one cell
+    expected[likely.cpu()] = (first[likely, None] * law(target(texts)[0][:, -1])).double().cpu()
+    expected *= n_samples
+
+    counts, agree = {}, True
+    print(f"{n_samples:,} samples of two tokens:   X2  cells  p-value     TV  TV by chance  seconds")
+    for name, drafter in (("plain decoding", None), (f"draft model, k={k}", ModelDrafter(draft))):
+        counts[name], start = torch.zeros_like(expected), now()
+        for batch in range(n_samples // rows):
+            text = [[] for _ in range(rows)]
+            for r in rounds(target, prompt.expand(rows, -1), k + 1, drafter, k, seed=seed * n_samples + batch, **options):
+                for row, tokens, n in zip(text, r.tokens.tolist(), r.n_new.tolist()):
+                    row.extend(tokens[:n])
+                if min(map(len, text)) >= 2:
+                    break
+            for one, two, *_ in text:
+                counts[name][one, two if one in likely else 0] += 1
+        x2, cells, p, tv, chance = pearson(counts[name].flatten(), expected.flatten())
+        agree &= p > 1e-6
+        print(f"  {name:22} {x2:9.1f} {cells:6} {p:8.2g} {tv:6.3f} {chance:13.3f} {now() - start:8.1f}")
+
+    print("\nthe likeliest pairs: exact, plain, speculative")
+    most = expected.max().item()
+    for cell in expected.flatten().argsort(descending=True)[:8].tolist():
+        name = repr(encoding.decode([cell // len(first), cell % len(first)]))
+        for label, count in ((name, expected), *(("", count) for count in counts.values())):
+            count = count.flatten()[cell].item()
+            print(f"{label:>20} {count / n_samples:6.2%} {'#' * round(50 * count / most)}")
+    print("\nboth follow the target's law" if agree else "\nMISMATCH: at least one does not follow the target's law")
+    return agree
+
+
 def main(argv=None):
     parser = Parser(description="Speculative decoding beside plain decoding, with the pair of models in checkpoints/.")
     parser.add_argument("--prompt", help="text to continue (default: four beginnings of Python code)")
@@ -519,6 +580,7 @@ def main(argv=None):
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster in plain decoding, by a short race")
     parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="the folder of large.pt and tiny.pt")
+    parser.add_argument("--check", action="store_true", help="sample both many times and compare with the exact law; exit 1 if one is off")
     args = parser.parse_args(argv)
     try:
         demonstrate(args)
@@ -540,6 +602,9 @@ def demonstrate(args):
     options = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     for prompt in prompts:  # refuses bad arguments before anything is printed
         passes = rounds(target, prompt, args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0], **options)
+
+    if args.check:
+        sys.exit(not check(target, draft, encoding, prompts[0][0].to(device), args.k, args.seed, temperature=temperatures[0], top_k=args.top_k, top_p=args.top_p))
 
     for name, model in (("large.pt, the target:", target), ("tiny.pt, the draft:", draft)):
         weights, c = sum(p.numel() for p in model.parameters()), model.config

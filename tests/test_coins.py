@@ -1,0 +1,79 @@
+"""Proof, part 3: chance itself. Enumeration takes every coin for a new one; whether it is, is asked here."""
+
+import pytest
+import torch
+
+import specdec
+from conftest import make_gpt
+from specdec import ModelDrafter, generate
+
+TARGET, DRAFT = make_gpt(1), make_gpt(2, n_layer=1, n_embd=4)
+PROMPTS = torch.tensor([[3, 1, 4], [0, 2, 6]])
+
+
+def text(seed, drafter=True, **options):
+    return generate(TARGET, PROMPTS, 20, drafter=ModelDrafter(DRAFT) if drafter else None, seed=seed, **options).tokens
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """Every draw of random numbers: (state of its generator before, numbers)."""
+    seen, rand = [], torch.rand
+
+    def recording_rand(*shape, generator=None, **options):
+        assert generator is not None, "a draw from the global generator"
+        state, u = generator.get_state().numpy().tobytes(), rand(*shape, generator=generator, **options)
+        seen.extend([(state, u.clone())] if u.numel() else [])  # no guess needs no coin
+        return u
+
+    monkeypatch.setattr(torch, "rand", recording_rand)
+    return seen
+
+
+def test_no_coin_is_used_twice(draws):
+    """BUGS G1, G3: draft, acceptance and correction that share noise are each right alone and wrong together."""
+    text(0)
+    assert len(draws) > 30
+    assert len({state for state, _ in draws}) == len(draws)
+    numbers = torch.cat([u.flatten().double() for _, u in draws])
+    assert len(numbers.unique()) > 0.999 * len(numbers)
+
+
+def test_every_draw_has_a_number_for_every_row_and_guess(draws, monkeypatch):
+    """One u for a whole row or batch has the right law at each place and the wrong one jointly (BUGS G3)."""
+    for function in ("bernoulli", "categorical"):
+        original = getattr(specdec, function)
+
+        def watched(probs, generator=None, original=original):
+            before = len(draws)
+            out = original(probs, generator)
+            assert [u.shape for _, u in draws[before:]] == [probs.shape] * (probs.numel() > 0)
+            return out
+
+        monkeypatch.setattr(specdec, function, watched)
+    text(0)
+
+
+def test_u_0_everywhere_emits_nothing_impossible(monkeypatch):
+    """BUGS, blind spots: `<=` for `<` shows only when a coin falls on exactly 0."""
+    monkeypatch.setattr(torch, "rand", lambda shape, generator, device, dtype: torch.zeros(shape, dtype=dtype))
+    for drafter in (True, False):
+        assert text(0, drafter, temperature=0) == generate(TARGET, PROMPTS, 20, temperature=0).tokens
+        kept = text(0, drafter, top_k=2)
+        for prompt, row in zip(PROMPTS, kept):
+            logits = TARGET(torch.cat((prompt, torch.tensor(row)))[None, :-1])[0][0, len(prompt) - 1 :]
+            assert all(token in best for token, best in zip(row, logits.topk(2).indices.tolist()))
+
+
+@pytest.mark.parametrize("drafter", [True, False])
+def test_seeds_repeat_differ_and_leave_no_trace(drafter):
+    """BUGS G4, G6, G7: a second call in the same process is as the first; no global state is read or changed."""
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    first = text(0, drafter)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(456)
+    text(7, drafter), text(None, drafter)
+    assert text(0, drafter) == first  # whatever came between
+    assert len({str(text(seed, drafter)) for seed in range(10)}) == 10  # 0 is a seed like any other
+    assert text(None, drafter) != text(None, drafter)

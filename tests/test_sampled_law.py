@@ -1,0 +1,109 @@
+"""Proof, part 2: what is sampled through the real loop, in large numbers, against the exact law and against plain decoding.
+
+All p-values here are held against one budget: the chance that this file raises a false alarm, were every seed new, is 1e-6.
+What it would miss is stated too: `visible_tv` is the total variation that one test detects with 99% probability.
+"""
+
+import itertools
+import math
+from statistics import NormalDist
+
+import pytest
+import torch
+
+import specdec
+from conftest import make_gpt
+from specdec import ModelDrafter, generate, pearson, to_probs
+
+FALSE_ALARM = 1e-6
+N_TESTS = 9  # p-values computed in this file
+N = 150_000
+V, LENGTH = 3, 4  # 81 cells
+TARGET, DRAFT = make_gpt(6, V, 16, sharpness=3.0), make_gpt(7, V, 16, n_layer=1, n_embd=4, sharpness=3.0)
+PROMPT = torch.tensor([1, 0])
+
+
+def visible_tv(cells, n):
+    """The total variation seen with 99% probability, by n samples, at this file's threshold (X2 noncentrality >= 4 n TV^2)."""
+    df, z = cells - 1, NormalDist().inv_cdf(1 - FALSE_ALARM / N_TESTS)
+    critical = df * (1 - 2 / (9 * df) + z * math.sqrt(2 / (9 * df))) ** 3  # Wilson and Hilferty 1931
+    noncentrality = next(x for x in itertools.count(0.0, 0.5) if df + x - 2.33 * math.sqrt(2 * (df + 2 * x)) > critical)
+    return math.sqrt(noncentrality / (4 * n))
+
+
+def sample(k, seed, n=N, **options):
+    """Counts (V ** LENGTH,) of the texts that n rows emit, and their Stats. k = 0: plain decoding."""
+    drafter = ModelDrafter(DRAFT) if k else None
+    result = generate(TARGET, PROMPT.expand(n, -1), LENGTH, drafter=drafter, k=k or 1, seed=seed, **options)
+    codes = torch.tensor(result.tokens) @ V ** torch.arange(LENGTH - 1, -1, -1)
+    return torch.bincount(codes, minlength=V**LENGTH).double(), result.stats
+
+
+def exact(**options):
+    """The target's joint law of LENGTH tokens, (V ** LENGTH,), from whole texts without a cache."""
+    texts = torch.tensor(list(itertools.product(range(V), repeat=LENGTH)))
+    logits = TARGET(torch.cat((PROMPT.expand(len(texts), -1), texts), 1)[:, :-1])[0][:, len(PROMPT) - 1 :]
+    return to_probs(logits, **options).gather(-1, texts[..., None]).prod(1)[:, 0]
+
+
+def test_what_this_file_can_see():
+    assert visible_tv(V**LENGTH, N) < 0.016
+
+
+@pytest.mark.parametrize("k, options", [(0, {}), (1, {}), (2, {}), (3, {}), (4, {}), (3, {"temperature": 0.7, "top_k": 2}), (2, {"top_p": 0.8})])
+def test_samples_follow_the_exact_law(k, options):
+    counts, stats = sample(k, seed=k, **options)
+    _, cells, p, tv, chance = pearson(counts, exact(**options) * N)
+    assert p > FALSE_ALARM / N_TESTS, f"TV {tv:.4f}, by chance {chance:.4f}, visible from {visible_tv(cells, N):.4f}"
+    if k and not options:
+        assert 0.3 < stats.acceptance_rate < 0.8  # guesses were rejected, so the residual was drawn from
+
+
+def test_speculation_and_plain_decoding_agree_with_each_other():
+    """Two samples: against their mean, X2 of both together has half the cells' degrees of freedom; here each is a full one."""
+    plain, speculative = sample(0, seed=100)[0], sample(3, seed=101)[0]
+    x2 = ((plain - speculative) ** 2 / (plain + speculative).clamp(min=1)).sum()
+    p = torch.special.gammaincc(torch.tensor((V**LENGTH - 1) / 2).double(), x2 / 2).item()
+    assert p > FALSE_ALARM / N_TESTS
+
+
+def test_a_subtly_wrong_rule_is_caught(monkeypatch):
+    """BUGS B3, the correction drawn from the target's law instead of the residual: a small error, and these tests see it."""
+
+    def wrong(target_probs, draft_probs, draft_tokens, generator):
+        n_accepted, _ = specdec.verify(target_probs, draft_probs, draft_tokens, generator)
+        law = target_probs.gather(1, n_accepted[:, None, None].expand(-1, 1, V))[:, 0]
+        return n_accepted, specdec.categorical(law, generator)
+
+    monkeypatch.setitem(specdec.RULES, "wrong", wrong)
+    counts, _ = sample(2, seed=5, rule="wrong")
+    _, cells, p, tv, chance = pearson(counts, exact() * N)
+    assert p < 1e-9 and tv > 3 * chance
+
+
+# -- the statistic itself
+
+
+def test_pearson_by_hand():
+    x2, cells, p, tv, _ = pearson(torch.tensor([18.0, 32, 50]), torch.tensor([20.0, 30, 50]))
+    assert x2 == pytest.approx(0.2 + 4 / 30) and cells == 3 and p == pytest.approx(math.exp(-x2 / 2))  # df = 2
+    assert tv == pytest.approx(0.02)
+
+
+def test_pearson_pools_rare_cells_and_condemns_impossible_ones():
+    expected = torch.tensor([3.0, 4, 5, 88])
+    assert pearson(torch.tensor([4.0, 3, 5, 88]), expected)[:2] == (0, 2)
+    assert pearson(torch.tensor([0.0, 0, 1, 99]), torch.tensor([0.0, 3, 3, 94]))[1] == 1
+    x2, _, p, *_ = pearson(torch.tensor([1.0, 99]), torch.tensor([0.0, 100]))
+    assert x2 == math.inf and p == 0
+    assert pearson(torch.tensor([0.0, 100]), torch.tensor([0.0, 100]))[2] == 1
+
+
+def test_p_values_are_uniform_under_the_law():
+    """2000 samples of the right law: 1% of the p-values below .01, within 5 standard errors (the seed is fixed)."""
+    generator = torch.Generator().manual_seed(0)
+    law = exact()
+    tokens = torch.multinomial(law.expand(2000, -1), 3000, replacement=True, generator=generator)
+    ps = [pearson(torch.bincount(row, minlength=len(law)).double(), law * 3000)[2] for row in tokens]
+    share = sum(p < 0.01 for p in ps) / 2000
+    assert abs(share - 0.01) < 5 * math.sqrt(0.01 * 0.99 / 2000)
