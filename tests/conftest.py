@@ -1,5 +1,9 @@
 """What the tests share: small models in float64, whose laws differ enough that guesses get rejected."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -9,6 +13,20 @@ from model import GPT, GPTConfig
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("default")
 torch.set_num_threads(1)  # the models here are too small to share
+
+
+def pytest_addoption(parser):
+    parser.addoption("--impl", metavar="FILE", help="test this file in place of specdec.py (see README, Exercises)")
+
+
+def pytest_configure(config):
+    """Before any test imports it, `specdec` is the file given by --impl."""
+    if file := config.getoption("--impl"):
+        if not Path(file).is_file():
+            raise pytest.UsageError(f"--impl: there is no file {file}")
+        spec = importlib.util.spec_from_file_location("specdec", Path(file).resolve())
+        sys.modules["specdec"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["specdec"])
 
 
 def make_gpt(seed, vocab_size=7, block_size=48, n_layer=2, n_head=2, n_embd=8, sharpness=6.0):

@@ -29,7 +29,7 @@ class NoisyDrafter(ModelDrafter):
         return super().propose(text, length, k, noisy, generator)
 
 
-DRAFTERS = {"always right": lambda: ModelDrafter(TARGET), "a small model": lambda: ModelDrafter(DRAFT), "half wrong": lambda: NoisyDrafter(TARGET, 0.5)}
+DRAFTERS = {"always_right": lambda: ModelDrafter(TARGET), "small_model": lambda: ModelDrafter(DRAFT), "half_wrong": lambda: NoisyDrafter(TARGET, 0.5)}
 
 
 @pytest.fixture(params=DRAFTERS)

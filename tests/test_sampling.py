@@ -43,6 +43,11 @@ def test_every_law_is_a_law(logits, temperature, top_k, top_p):
     assert (probs > 0).sum() <= (top_k or 10)
 
 
+def test_a_tiny_temperature_is_nearly_greedy_and_not_nan():
+    """BUGS K5: logits / 1e-38 overflows to inf, and inf - inf is NaN."""
+    assert to_probs(torch.tensor([1e4, 9e3, 9e3]), temperature=1e-38).tolist() == [1, 0, 0]
+
+
 def test_a_law_is_float32_or_better_and_leaves_the_logits_alone():
     logits = torch.randn(2, 3, 50)
     before = logits.clone()

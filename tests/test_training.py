@@ -60,6 +60,8 @@ def test_seeds(train):
 def test_ctrl_c_loses_nothing(train, tmp_path, monkeypatch, capsys, stage, step):
     """Interrupted and continued, a run ends with the very weights of one that was not; a pair that was there stays till then."""
     expected = train("whole")
+    report = [line for line in capsys.readouterr().out.splitlines() if "held-out text" in line or "held-out loss" in line]
+    assert len(report) == 3
     other = train("out", "--seed", "9")
     show = train_tiny.Progress.show
 
@@ -80,6 +82,7 @@ def test_ctrl_c_loses_nothing(train, tmp_path, monkeypatch, capsys, stage, step)
         train("out", "--seed", "9")
     assert exit.value.code == 2 and "another run" in capsys.readouterr().err
     assert same(train("out"), expected)
+    assert capsys.readouterr().out.count("\n".join(report)) == 1
     assert not (tmp_path / "out" / "partial.pt").exists()
 
 

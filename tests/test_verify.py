@@ -23,18 +23,48 @@ def drawn_from(monkeypatch):
     return seen
 
 
-def test_the_example_worked_by_hand(monkeypatch, drawn_from):
-    """Target (.7, .3), draft (.5, .5): see the docstring of verify and README."""
-    target, draft = law_of([[[7, 3], [1, 1]]]), law_of([[[1, 1]]])
-    kept = []
-    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None: kept.append(probs.item()) or probs > 2)
-    verify(target, draft, torch.tensor([[0]]))
-    verify(target, draft, torch.tensor([[1]]))
-    assert kept == pytest.approx([1, 0.6])
-    assert drawn_from[1].tolist() == [[1, 0]]
-    assert 0.5 * kept[0] + 0.5 * kept[1] == pytest.approx(0.8)
-    result = law_of_the_round(target[0], draft[0]).sum(1)  # the first token's
-    torch.testing.assert_close(result, law_of([7, 3]), rtol=0, atol=1e-15)
+TARGET, DRAFT = law_of([[[7, 3], [1, 4]]]), law_of([[[1, 1]]])  # README's example, and a law for the bonus
+
+
+def test_accept_by_hand(monkeypatch):
+    """Token 0 is kept with probability min(1, .7 / .5) = 1, token 1 with .3 / .5 = .6."""
+    asked = []
+    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None: asked.append(probs.item()) or probs > 0.5)
+    assert [verify(TARGET, DRAFT, torch.tensor([[x]]))[0].item() for x in (0, 1)] == [1, 1]
+    assert asked == pytest.approx([1, 0.6])
+
+
+def test_accept_stops_at_the_first_rejection(monkeypatch):
+    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None: torch.tensor([[True, False, True], [False, True, True]]))
+    laws = torch.full((2, 4, 5), 0.2)
+    assert verify(laws, laws[:, :3], torch.zeros(2, 3, dtype=torch.int64))[0].tolist() == [1, 0]
+
+
+def test_residual_by_hand(monkeypatch, drawn_from):
+    """After a rejection: max(0, (.7, .3) - (.5, .5)) = (.2, 0), scaled to (1, 0)."""
+    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None: probs > 2)
+    assert verify(TARGET, DRAFT, torch.tensor([[1]]))[1].item() == 0
+    assert drawn_from[0].tolist() == [[1, 0]]
+
+
+def test_bonus_by_hand(monkeypatch, drawn_from):
+    """After full acceptance: the target's law behind the last guess, (.2, .8), and nothing subtracted from it."""
+    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None: probs > 0)
+    n_accepted, token = verify(TARGET, DRAFT, torch.tensor([[1]]))
+    assert (n_accepted.item(), token.item()) == (1, 1)
+    torch.testing.assert_close(drawn_from[0], TARGET[:, 1], rtol=0, atol=1e-15)
+
+
+def test_bonus_is_plain_sampling_where_nothing_is_guessed(drawn_from):
+    """k = 0, the last round of a budget: one token, of the target's law."""
+    n_accepted, _ = verify(TARGET[:, :1], DRAFT[:, :0], torch.zeros(1, 0, dtype=torch.int64))
+    assert n_accepted.item() == 0 and drawn_from[0].tolist() == TARGET[:, 0].tolist()
+
+
+def test_the_example_worked_by_hand():
+    """Target (.7, .3), draft (.5, .5), the docstring's and README's: together the output has the law (.7, .3)."""
+    law = law_of_the_round(TARGET[0], DRAFT[0]).sum(1)  # of the first token
+    torch.testing.assert_close(law, law_of([7, 3]), rtol=0, atol=1e-15)
 
 
 def law_of_the_round(target_probs, draft_probs):

@@ -1,0 +1,246 @@
+"""Proof, part 5: bugs that public speculative decoders really had, planted here one at a time. A test must fail for each.
+
+    python tests/mutants.py            # all of them
+    python tests/mutants.py A2 E1      # some
+
+A mutant replaces one piece of the real source, which must occur there exactly once: a patch that no longer applies is an error.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FILES = ("kvcache.py", "model.py", "specdec.py", "train_tiny.py")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    id: str
+    bug: str
+    seen: str  # owner/repository#issue, or "-" for a slip that anyone can make
+    file: str
+    old: str
+    new: str
+    tests: str  # the files that should notice, the quickest first
+
+
+LAW = "verify law"
+LOOP = "decoding law"
+CATALOGUE = [
+    # -- A: acceptance
+    Mutant("A1", "all guesses kept, whatever the coins say", "huggingface/transformers#28508", "specdec.py",
+           "kept.cumprod(-1).sum(-1)", "torch.ones_like(kept).cumprod(-1).sum(-1)", LAW),
+    Mutant("A2", "acceptance ratio upside down", "feifeibear/LLMSpeculativeSampling@9f5d2e5", "specdec.py",
+           "target_x / draft_x, 0)", "draft_x / target_x, 0)", LAW),
+    Mutant("A3", "guesses by argmax, judged as if sampled", "jaymody/speculative-sampling#3", "specdec.py",
+           "tokens = categorical(draft_probs[-1], generator)[:, None]", "tokens = draft_probs[-1].argmax(-1)[:, None]", "law"),
+    Mutant("A4", "no correction once a guess was accepted", "jaymody/speculative-sampling@803de30", "specdec.py",
+           "residual[:, :-1] -= draft_probs", "residual[:, :1] -= draft_probs[:, :1]", LAW),
+    Mutant("A5", "the first guess is never judged", "ohdearquant/lattice#243", "specdec.py",
+           "n_accepted = kept.cumprod", "kept[:, :1] = True\n    n_accepted = kept.cumprod", LAW),
+    Mutant("A6", "tokens looked up from the prompt's end, not from the text's", "romsto/Speculative-Decoding@41668c8", "specdec.py",
+           "tokens = torch.cat((text.gather(1, length[:, None] - 1), draft_tokens), 1)",
+           "tokens = torch.cat((text[:, T - 1 : T], draft_tokens), 1)", LOOP),
+    Mutant("A7", "a guess is kept although an earlier one was rejected", "-", "specdec.py",
+           "kept.cumprod(-1).sum(-1)", "kept.long().sum(-1)", LAW),
+    Mutant("A8", "u <= p: a token of probability 0 passes when u is 0", "-", "specdec.py",
+           "dtype=probs.dtype) < probs", "dtype=probs.dtype) <= probs", "sampling"),
+    Mutant("A9", "greedy where sampling was asked for", "sgl-project/sglang#31214", "specdec.py",
+           "return n_accepted, categorical(law, generator)", "return n_accepted, law.argmax(-1)", LAW),
+    # -- B: residual
+    Mutant("B1", "softmax of the residual instead of scaling it", "huggingface/transformers#28508", "specdec.py",
+           "torch.where(mass > 0, residual / mass,", "torch.where(mass > 0, residual.softmax(-1),", LAW),
+    Mutant("B2", "residual of the last row", "romsto/Speculative-Decoding@53922df", "specdec.py",
+           "at = n_accepted[:, None, None]", "at = torch.full_like(n_accepted, draft_tokens.shape[1])[:, None, None]", LAW),
+    Mutant("B3", "correction from the target's law", "romsto/Speculative-Decoding@53922df", "specdec.py",
+           "    residual[:, :-1] -= draft_probs\n", "", LAW),
+    Mutant("B4", "correction one row late", "openvinotoolkit/openvino.genai#4190", "specdec.py",
+           "at = n_accepted[:, None, None]", "at = (n_accepted + 1).clamp(max=draft_tokens.shape[1])[:, None, None]", LAW),
+    Mutant("B5", "only the rejected token taken out, not the draft's law", "xLLM-AI/xllm#2175", "specdec.py",
+           "residual[:, :-1] -= draft_probs", "residual[:, :-1].scatter_(-1, guess, 0)", LAW),
+    Mutant("B6", "residual sent through the softmax once more", "feifeibear/LLMSpeculativeSampling@3505d00", "specdec.py",
+           "return n_accepted, categorical(law, generator)", "return n_accepted, categorical(to_probs(law), generator)", LAW),
+    Mutant("B7", "the target's law damaged in place", "vllm-project/vllm-ascend#2881", "specdec.py",
+           "residual = target_probs.clone()", "residual = target_probs", LAW),
+    Mutant("B8", "negative parts of the residual kept", "-", "specdec.py",
+           "residual.gather(1, at)[:, 0].clamp_(min=0)", "residual.gather(1, at)[:, 0].abs()", LAW),
+    # -- C: the draft's law is not the one drawn from
+    Mutant("C1", "drawn with filters, reported without", "huggingface/transformers#47932", "specdec.py",
+           "draft_probs.append(law(logits[:, -1]))\n            tokens = categorical(draft_probs[-1], generator)[:, None]",
+           "draft_probs.append(to_probs(logits[:, -1]))\n            tokens = categorical(law(logits[:, -1]), generator)[:, None]", "law"),
+    Mutant("C5", "target judged without filters", "vllm-project/vllm#9834", "specdec.py",
+           "target_probs = law(logits)", "target_probs = to_probs(logits)", LOOP),
+    Mutant("C7", "drawn in bfloat16, judged in float", "deepseek-ai/DeepSpec#31", "specdec.py",
+           "tokens = categorical(draft_probs[-1], generator)", "tokens = categorical(draft_probs[-1].bfloat16(), generator)", "law"),
+    Mutant("C8", "drawn at another temperature", "mlx-node/mlx-node#11", "specdec.py",
+           "tokens = categorical(draft_probs[-1], generator)",
+           "tokens = categorical(draft_probs[-1] ** 2 / (draft_probs[-1] ** 2).sum(-1, keepdim=True), generator)", "law"),
+    Mutant("C12", "top-p of a law that is not scaled after top-k", "ml-explore/mlx-lm#388", "specdec.py",
+           "    probs = logits.softmax(-1)\n", "    probs = logits.softmax(-1) * (1 if top_k is None else 0.9)\n", "sampling"),
+    Mutant("C13", "top-p loses the token that reaches the mass", "-", "specdec.py",
+           "best[best.cumsum(-1) - best >= top_p] = 0", "best[best.cumsum(-1) > top_p] = 0", "sampling"),
+    # -- D: bonus
+    Mutant("D1", "bonus from the residual of the last guess", "SafeAILab/EAGLE#47", "specdec.py",
+           "residual[:, :-1] -= draft_probs", "residual[:, :-1] -= draft_probs\n    residual[:, -1:] -= draft_probs[:, -1:]", LAW),
+    Mutant("D2", "the rejected guess stays in the draft's cache in place of the correction", "vllm-project/vllm#9730", "specdec.py",
+           "drafter.rollback(length - 1)", "drafter.rollback(length)", "decoding"),
+    Mutant("D4", "no bonus after full acceptance", "ohdearquant/lattice#509", "specdec.py",
+           "n_new = torch.minimum(n_accepted + 1, room)", "n_new = torch.minimum((n_accepted + 1).clamp(max=max(n, 1)), room)", "decoding"),
+    Mutant("D5", "the prompt's newest token is read twice", "Lightning-AI/litgpt#2307", "specdec.py",
+           "    target(prompt[:, :-1], cache)\n    drafter.start", "    target(prompt, cache)\n    drafter.start", LOOP),
+    # -- E: caches and positions
+    Mutant("E1", "the draft never reads its own last guess", "vllm-project/vllm#5765", "specdec.py",
+           "        self.cache.rollback(length - lacking)\n", "        self.cache.length, lacking = length - 1, 1\n", "decoding"),
+    Mutant("E2", "the target forgets one token too few", "lablup/mlxcel#994", "specdec.py",
+           "        cache.rollback(length - 1)\n        drafter", "        cache.rollback(torch.minimum(length, cache.length))\n        drafter", LOOP),
+    Mutant("E4", "only the newest token is fed", "lucidrains/speculative-decoding@88641c0", "specdec.py",
+           "tokens = text.gather(1, (length - lacking)[:, None] + torch.arange(lacking, device=text.device))",
+           "tokens = text.gather(1, length[:, None] - 1)", "decoding"),
+    Mutant("E5", "all guesses emitted, then the correction", "lucidrains/speculative-decoding#3", "specdec.py",
+           "n_new = torch.minimum(n_accepted + 1, room)", "n_new = torch.minimum(torch.full_like(room, n + 1), room)", LOOP),
+    Mutant("E6", "the draft's cache is kept for the next prompt", "ggml-org/llama.cpp#27852", "specdec.py",
+           "        self.cache = self.model.new_cache(len(prompt), max_length)\n",
+           "        self.cache = self.__dict__.get('cache') or self.model.new_cache(len(prompt), max_length)\n", "decoding"),
+    Mutant("E7", "the cache is emptied instead of rolled back", "paiml/aprender#2014", "specdec.py",
+           "        cache.rollback(length - 1)\n        drafter", "        cache.rollback(0)\n        drafter", LOOP),
+    Mutant("E9", "the position moves by 1 a round", "huggingface/transformers#30042", "specdec.py",
+           "        cache.rollback(length - 1)\n        drafter", "        cache.rollback(cache.length - n)\n        drafter", LOOP),
+    Mutant("E11", "no rollback if only the last guess was rejected (k = 1)", "openvinotoolkit/openvino.genai#4190", "specdec.py",
+           "        cache.rollback(length - 1)\n        drafter", "        cache.rollback(length - 1 if n > 1 else cache.length)\n        drafter", LOOP),
+    Mutant("E17", "every guess at the same position", "vllm-project/vllm#26498", "specdec.py",
+           "            logits, _ = self.model(tokens, self.cache)\n",
+           "            self.cache.rollback(self.cache.length - int(len(draft_probs) > 0))\n            logits, _ = self.model(tokens, self.cache)\n", "decoding"),
+    Mutant("E20", "positions start at 0 in every pass", "ml-explore/mlx-lm#93", "kvcache.py",
+           "positions = self._slot[longest:S]", "positions = self._slot[:T]", "kvcache"),
+    Mutant("E21", "mask aligned at the top left", "-", "kvcache.py",
+           "self._causal[longest:S, :S]", "self._causal[:T, :S]", "kvcache"),
+    Mutant("E22", "all rows masked as if they were the longest", "-", "kvcache.py",
+           "mask = self._causal[positions, :S][:, None]", "mask = self._causal[longest:S, :S]", "kvcache"),
+    Mutant("E23", "stale slots are masked, but NaN in them spreads", "-", "kvcache.py",
+           "            self._kv[..., shortest + T : S, :].masked_fill_(stale[:, None, :, None], 0)\n", "", "kvcache"),
+    Mutant("E24", "one row's tokens written where the longest row's go", "-", "kvcache.py",
+           "self._visible[layer][:, self._row, :, self._positions] = kv.permute(1, 3, 0, 2, 4)",
+           "self._visible[layer][..., -kv.shape[3] :, :] = kv", "kvcache"),
+    Mutant("E25", "a rollback to more than there is", "-", "kvcache.py",
+           "if not all(0 <= new <= old for", "if not all(0 <= new for", "kvcache"),
+    # -- F: where the output ends
+    Mutant("F1", "only a round's last token is tested for EOS", "huggingface/transformers#47912", "specdec.py",
+           "(step[:, : n + 1] < n_new[:, None])", "(step[:, : n + 1] == n_new[:, None] - 1)", "decoding"),
+    Mutant("F2", "EOS ends the round, not the row", "ggml-org/llama.cpp#28049", "specdec.py",
+           "            end = torch.where(ends, length + n_new, end)\n", "", "decoding"),
+    Mutant("F5", "EOS among rejected guesses counts", "sgl-project/sglang#31599", "specdec.py",
+           "is_eos = (tokens == eos) & (step[:, : n + 1] < n_new[:, None])", "is_eos = tokens == eos", "decoding"),
+    Mutant("F7", "a round may exceed the budget", "huggingface/transformers#46993", "specdec.py",
+           "n_new = torch.minimum(n_accepted + 1, room)", "n_new = n_accepted + 1", "decoding"),
+    Mutant("F9", "guesses beyond the last position", "turboderp-org/exllamav2#274", "model.py",
+           "            positions = positions.clamp(max=self.config.block_size - 1)\n", "", "decoding"),
+    Mutant("F10", "only the target's context is checked", "vllm-project/vllm#57941", "specdec.py",
+           "if length > self.model.config.block_size:", "if False:", "decoding"),
+    Mutant("F13", "guesses behind an accepted EOS are counted", "vllm-project/vllm#56101", "specdec.py",
+           "torch.minimum(r.n_accepted, r.n_new).sum()", "r.n_accepted.sum()", "decoding"),
+    # -- G: random numbers
+    Mutant("G1", "acceptance and correction share their noise", "vllm-project/vllm#54282", "specdec.py",
+           "target_x / draft_x, 0).clamp_(max=1), generator)", "target_x / draft_x, 0).clamp_(max=1), generator and generator.clone_state())", "coins"),
+    Mutant("G3", "reseeded in every round", "feifeibear/LLMSpeculativeSampling", "specdec.py",
+           "start, drafting = now(), drafter.seconds", "start, drafting = now(), drafter.seconds\n        generator.manual_seed(0)", "coins"),
+    Mutant("G3b", "one coin for all guesses", "feifeibear/LLMSpeculativeSampling", "specdec.py",
+           "return torch.rand(probs.shape,", "return torch.rand(probs.shape[:1] + (1,) * (probs.ndim - 1),", "coins"),
+    Mutant("G4", "coins from the global generator", "vllm-project/vllm#6038", "specdec.py",
+           "return torch.rand(probs.shape, generator=generator,", "return torch.rand(probs.shape,", "coins decoding"),
+    Mutant("G6", "one generator for all calls", "NVIDIA/TensorRT-LLM#17599", "specdec.py",
+           "    generator = torch.Generator(prompt.device)\n    generator.seed() if seed is None else generator.manual_seed(seed)\n",
+           "    generator = rounds.__dict__.setdefault('generator', torch.Generator().manual_seed(seed or 0))\n", "coins"),
+    Mutant("G7", "the seed is ignored", "vllm-project/vllm#13196", "specdec.py",
+           "generator.manual_seed(seed)", "generator.manual_seed(1)", "coins"),
+    Mutant("G8", "seed 0 means no seed", "feifeibear/LLMSpeculativeSampling", "specdec.py",
+           "generator.seed() if seed is None else", "generator.seed() if not seed else", "coins"),
+    # -- H: rows of a batch
+    Mutant("H2", "rows change places", "HabanaAI/vllm-fork#1780", "specdec.py",
+           "        cache.rollback(length - 1)\n        drafter", "        cache.rollback((length - 1).flip(0))\n        drafter", "decoding"),
+    Mutant("H4", "the newest token is read at the longest row's end", "lucidrains/speculative-decoding@ef0467c", "specdec.py",
+           "text.gather(1, length[:, None] - 1)", "text[:, length.max() - 1][:, None]", "decoding"),
+    Mutant("H5", "rows wait for the one that accepts least", "-", "specdec.py",
+           "n_new = torch.minimum(n_accepted + 1, room)", "n_new = torch.minimum(n_accepted.min() + 1, room)", "decoding"),
+    Mutant("I8", "the last guess is never accepted", "hao-ai-lab/LookaheadDecoding@0e9f02d", "specdec.py",
+           "n_accepted = kept.cumprod(-1).sum(-1)", "n_accepted = kept.cumprod(-1).sum(-1).clamp(max=max(0, kept.shape[1] - 1))", "verify decoding"),
+    # -- K: numbers
+    Mutant("K2", "an empty residual is divided by zero", "youssofal/MTPLX#82", "specdec.py",
+           "torch.where(mass > 0, residual / mass,", "torch.where(~(mass <= -1), residual / mass,", LAW),
+    Mutant("K2b", "`<= 0` is False for NaN", "youssofal/MTPLX#82", "specdec.py",
+           "torch.where(mass > 0,", "torch.where(~(mass <= 0),", LAW),
+    Mutant("K5", "division by a tiny temperature overflows", "anarchy-ai/LLM-VM#239", "specdec.py",
+           "(logits - logits.amax(-1, keepdim=True)) / temperature", "logits / temperature", "sampling"),
+    Mutant("K6", "laws in the model's bfloat16", "-", "specdec.py",
+           "logits = logits if logits.dtype == torch.float64 else logits.float()", "logits = logits", "sampling"),
+    Mutant("K7", "u = 0 lets any token win the race", "-", "specdec.py",
+           "log_u.clamp_(min=-1e3)", "log_u", "coins"),
+    Mutant("L1", "tokenizers are not compared", "sgl-project/sglang#24051", "specdec.py",
+           "if other._mergeable_ranks != encoding._mergeable_ranks or", "if", "command_line"),
+    Mutant("L1b", "vocabularies are not compared", "ggml-org/llama.cpp#3812", "specdec.py",
+           "if self.model.config.vocab_size != target.config.vocab_size:", "if False:", "decoding"),
+    # -- the model, the figures, the training
+    Mutant("M1", "GELU in its exact form", "-", "model.py", 'approximate="tanh"', 'approximate="none"', "model"),
+    Mutant("M2", "heads and values in another order than GPT-2's", "-", "model.py",
+           ".view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)",
+           ".view(B, T, self.n_head, 3, D // self.n_head).permute(3, 0, 2, 1, 4)", "model"),
+    Mutant("N1", "acceptance rate over guesses that nobody judged", "-", "specdec.py",
+           "return self.accepted / max(1, self.evaluated)", "return self.accepted / max(1, self.drafted)", "decoding"),
+    Mutant("N2", "the figure tau counts only accepted guesses", "-", "specdec.py",
+           "return self.emitted / max(1, self.rounds)", "return self.accepted / max(1, self.rounds)", "decoding"),
+    Mutant("T1", "a resumed run sees the first batches again", "-", "train_tiny.py",
+           '            generator.set_state(self.state["generator"].cpu())\n', "", "training"),
+    Mutant("T2", "distillation changes the undistilled draft kept for the report", "-", "train_tiny.py",
+           "{name: weight.clone() for name, weight in model.state_dict().items()}", "model.state_dict()", "training"),
+    Mutant("T3", "held-out texts are trained on", "-", "train_tiny.py",
+           "return [t for (_, t), h in zip(documents, held_out) if not h],", "return [t for t in (t for _, t in documents)],", "training"),
+]  # fmt: skip
+FAST = ("A2", "B3", "E1", "E22", "F1", "G1")  # one of each kind, for the ordinary test command
+
+
+def patched(mutant):
+    """The source of the mutant's file with the bug in it. ValueError: the patch does not apply exactly once."""
+    source = (ROOT / mutant.file).read_text()
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"mutant {mutant.id}: its text occurs {source.count(mutant.old)} times in {mutant.file}, not once")
+    return source.replace(mutant.old, mutant.new)
+
+
+def caught_by(mutant):
+    """The name of the first test that fails with this bug planted, or None if all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        for file in FILES:
+            shutil.copy(ROOT / file, folder)
+        (Path(folder) / mutant.file).write_text(patched(mutant))
+        files = [f"tests/test_{name}.py" for name in mutant.tests.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *files]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+        if result.returncode == 0:
+            return None
+        failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", result.stdout, re.MULTILINE)
+        if result.returncode != 1 or not failed:
+            raise RuntimeError(f"mutant {mutant.id}: the tests did not run\n{result.stdout}{result.stderr}")
+        return failed[1]
+
+
+def main(ids):
+    chosen = [m for m in CATALOGUE if m.id in ids] if ids else CATALOGUE
+    for mutant in CATALOGUE:
+        patched(mutant)  # all must apply before any is run
+    missed = 0
+    with ThreadPoolExecutor(2) as pool:
+        for mutant, test in zip(chosen, pool.map(caught_by, chosen)):
+            missed += test is None
+            print(f"{mutant.id:4} {mutant.bug:70} {mutant.seen:42} {test or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(chosen) - missed} caught, {missed} not")
+    return missed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""The exercises: the starter is made from specdec.py itself, and README's lines run the tests that grade it."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from starter import EXERCISES, SPECDEC, starter
+
+ROOT = Path(__file__).parent.parent
+LINES = re.findall(r"^ *(python -m pytest --impl my_specdec\.py .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+def pytest_line(line, impl):
+    words = [str(impl) if word == "my_specdec.py" else word for word in shlex.split(line)[1:]]
+    return subprocess.run([sys.executable, *words, "-q", "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def my_specdec(tmp_path_factory):
+    file = tmp_path_factory.mktemp("exercise") / "my_specdec.py"
+    file.write_text(starter(SPECDEC.read_text()))
+    return file
+
+
+def test_the_starter_keeps_docstrings_and_drops_bodies():
+    text = starter(SPECDEC.read_text())
+    compile(text, "my_specdec.py", "exec")
+    for name in EXERCISES:
+        assert f'NotImplementedError("exercise {name} is not done yet")' in text
+    assert "Worked by hand" in text and "residual = " not in text and "lacking = " not in text
+    with pytest.raises(ValueError, match="no longer has the exercises"):
+        starter("def verify():\n    pass\n")
+
+
+def test_there_are_enough_of_them():
+    assert len(LINES) >= 8
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("my_specdec.py ")[1])
+def test_an_unfinished_exercise_fails_with_its_name(line, my_specdec):
+    result = pytest_line(line + " -x", my_specdec)
+    assert result.returncode == 1 and re.search(r"NotImplementedError: exercise [\w.]+ is not done yet", result.stdout), result.stdout
+
+
+def test_a_finished_exercise_passes():
+    """specdec.py is the model answer to its own exercises."""
+    result = pytest_line(LINES[0], SPECDEC)
+    assert result.returncode == 0, result.stdout
+
+
+def test_a_missing_file_is_said_to_be_missing():
+    result = pytest_line("python -m pytest --impl my_specdec.py tests/test_theory.py", "nowhere.py")
+    assert result.returncode == 4 and "no file nowhere.py" in result.stdout + result.stderr

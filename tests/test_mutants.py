@@ -1,0 +1,16 @@
+"""The tests can tell: a few of the bugs in mutants.py, planted. (`python tests/mutants.py` plants them all.)"""
+
+import pytest
+
+from mutants import CATALOGUE, FAST, caught_by, patched
+
+
+def test_every_patch_still_applies():
+    assert len(CATALOGUE) >= 40 and len({m.id for m in CATALOGUE}) == len(CATALOGUE)
+    for mutant in CATALOGUE:
+        compile(patched(mutant), mutant.file, "exec")
+
+
+@pytest.mark.parametrize("mutant", [m for m in CATALOGUE if m.id in FAST], ids=lambda m: m.id)
+def test_a_planted_bug_is_caught(mutant):
+    assert caught_by(mutant), mutant.bug
