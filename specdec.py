@@ -412,17 +412,18 @@ def load_pair(folder, device, dtype=None):
     return target, draft, encoding
 
 
+@torch.inference_mode()
 def one_pass(model, B, n, length):
-    """A function that runs the model once on n tokens a row, behind a cache of `length` tokens."""
-    tokens = torch.zeros(B, length, dtype=torch.int64, device=model.wte.weight.device)
+    """A function that runs the model once over n tokens a row, behind a cache that holds `length` tokens."""
+    tokens = torch.zeros(B, max(n, length), dtype=torch.int64, device=model.wte.weight.device)
     cache = model.new_cache(B, length + n)
+    model(tokens[:, :length], cache)
 
     @torch.inference_mode()
     def run():
-        cache.rollback(cache.length.clamp(max=length))
-        model(tokens[:, :n] if cache.length[0] else tokens, cache)
+        model(tokens[:, :n], cache)
+        cache.rollback(length)
 
-    run()
     return run
 
 
@@ -456,15 +457,13 @@ def tell(passes, encoding):
 
 
 def compare(target, draft, prompts, max_new_tokens, k, repeats=5, **options):
-    """Decode every prompt plainly and speculatively, in turn, and measure the passes of both models on their own.
+    """Decode every prompt plainly and speculatively, in turn, and in between time single passes of both models.
 
     Returns the Stats of all plain runs, those of all speculative runs, the speed-up of each pair of runs, and the median
     seconds of a pass: "T1" and "Tk" of the target over 1 and k+1 tokens, "D1" of the draft over 1.
     """
-    B, middle = len(prompts[0]), prompts[0].shape[1] + max_new_tokens // 2
+    totals, speed_ups, passes = (Stats(), Stats()), [], []
     models = {"T1": (target, 1), "Tk": (target, k + 1), "D1": (draft, 1)}
-    seconds = median_seconds({name: one_pass(model, B, n, middle) for name, (model, n) in models.items()}, 50)
-    totals, speed_ups = (Stats(), Stats()), []
     for prompt in prompts * repeats:
         speed = []
         for total, drafter in zip(totals, (None, ModelDrafter(draft))):
@@ -474,7 +473,9 @@ def compare(target, draft, prompts, max_new_tokens, k, repeats=5, **options):
                 total.add(r)
             speed.append(stats.emitted / sum(stats.seconds.values()))
         speed_ups.append(speed[1] / speed[0])
-    return *totals, speed_ups, seconds
+        B, middle = len(prompt), prompt.shape[1] + max_new_tokens // 2
+        passes.append(median_seconds({name: one_pass(model, B, n, middle) for name, (model, n) in models.items()}, 7))
+    return *totals, speed_ups, {name: statistics.median(p[name] for p in passes) for name in models}
 
 
 def print_table(target, draft, prompts, max_new_tokens, k, temperatures, **options):

@@ -1,0 +1,63 @@
+"""The pair in checkpoints/: its size, that draft and target fit, and the law of what they write together."""
+
+import pytest
+import torch
+
+from specdec import CHECKPOINTS, ModelDrafter, check, generate, load_pair
+
+PROMPT = "class Stack:\n    def __init__(self):\n"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load_pair(CHECKPOINTS, torch.device("cpu"), torch.float32)
+
+
+def test_sizes(pair):
+    large, tiny = (sum(p.numel() for p in model.parameters()) for model in pair[:2])
+    assert 6e6 < large < 8e6 and 0.3e6 < tiny < 0.5e6
+    assert sum(file.stat().st_size for file in CHECKPOINTS.iterdir() if file.name != "partial.pt") < 20e6
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_draft_is_good(pair, temperature):
+    """A floor under alpha: a draft that is broken, or belongs to another target, stays right and gets slow."""
+    target, draft, encoding = pair
+    prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1)
+    stats = generate(target, prompt, 60, drafter=ModelDrafter(draft), k=4, temperature=temperature, seed=0).stats
+    assert stats.expected_acceptance_rate > 0.6
+
+
+def test_greedy_text_is_the_targets(pair):
+    """In float32 a near tie may fall either way; up to the first difference, if any, the text is the same."""
+    target, draft, encoding = pair
+    prompt = torch.tensor(encoding.encode_ordinary(PROMPT))
+    plain = generate(target, prompt, 80, temperature=0).tokens[0]
+    ours = generate(target, prompt, 80, drafter=ModelDrafter(draft), temperature=0).tokens[0]
+    same = next((i for i, (a, b) in enumerate(zip(plain, ours)) if a != b), len(plain))
+    if same < len(plain):
+        logits = target(torch.cat((prompt, torch.tensor(plain[:same])))[None])[0][0, -1]
+        assert abs(logits[plain[same]] - logits[ours[same]]) < 1e-3
+
+
+def test_samples_follow_the_targets_own_law(pair, capsys):
+    """--check with fewer samples: the first two tokens' joint law, p > 1e-6 for both ways of decoding."""
+    target, draft, encoding = pair
+    prompt = torch.tensor(encoding.encode_ordinary(PROMPT))
+    assert check(target, draft, encoding, prompt, k=4, seed=1, n_samples=2000)
+    assert "both follow the target's law" in capsys.readouterr().out
+
+
+def test_check_tells_a_wrong_rule(pair, capsys, monkeypatch):
+    """A correction that comes from the target's law instead of the residual: --check says so."""
+    import specdec
+
+    def wrong(target_probs, draft_probs, draft_tokens, generator):
+        n_accepted, _ = specdec.verify(target_probs, draft_probs, draft_tokens, generator)
+        return n_accepted, specdec.categorical(target_probs[torch.arange(len(n_accepted)), n_accepted], generator)
+
+    target, draft, encoding = pair
+    monkeypatch.setitem(specdec.RULES, "rejection", wrong)
+    prompt = torch.tensor(encoding.encode_ordinary(PROMPT))
+    assert not check(target, draft, encoding, prompt, k=2, seed=1, n_samples=4000)
+    assert "MISMATCH" in capsys.readouterr().out
