@@ -22,6 +22,7 @@ Letters in shapes: B rows of a batch, k guesses, V = vocab_size.
 import argparse
 import codecs
 import os
+import signal
 import statistics
 import sys
 import time
@@ -77,8 +78,10 @@ def categorical(probs, generator=None):
     A race: token v arrives at time Exponential(1) / probs[v], where Exponential(1) = -log u, and the first to arrive is v with
     exactly probability probs[v]. (torch.multinomial runs the same race, more slowly.)
     """
+    # float64: among many rare tokens the winner's u is close to 1, where float32 has few numbers. Clamped for u = 0: p / -inf
+    # is 0, and would put a token level with the impossible ones.
     log_u = torch.rand(probs.shape, generator=generator, device=probs.device, dtype=torch.float64).log_()
-    return (probs / log_u.clamp_(min=-1e3)).argmin(-1)  # clamped for u = 0: -inf would put all tokens level, impossible ones too
+    return (probs / log_u.clamp_(min=-1e3)).argmin(-1)
 
 
 # -- plain decoding ----------------------------------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ class Round:
 
     tokens: torch.Tensor  # (B, k+1) int64: accepted guesses, then the rule's own token; the rest has no meaning
     n_new: torch.Tensor  # (B,) how many of them are output: 0 in a row that has ended
-    n_accepted: torch.Tensor  # (B,) how many guesses the rule accepted, before output was cut at EOS
+    n_accepted: torch.Tensor  # (B,) how many guesses the rule accepted, before output was cut at EOS or at the budget
     target_probs: torch.Tensor  # (B, k+1, V)
     draft_probs: torch.Tensor  # (B, k, V); a row of zeros is no guess
     seconds: dict  # spent in passes of the draft, in passes of the target ("verify"), and on the "rest"
@@ -167,7 +170,7 @@ RULES = {"rejection": verify}
 
 
 class ModelDrafter:
-    """Guesses with a small GPT of the same vocabulary, token by token. A drafter is anything with these four methods."""
+    """Guesses with a small GPT of the same vocabulary, token by token. A drafter is anything with these methods and `seconds`."""
 
     def __init__(self, model):
         self.model = model
@@ -213,7 +216,7 @@ class ModelDrafter:
 
 @torch.inference_mode()
 def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eos, generator):
-    """Decode with any drafter and any rule. Rows of a batch go at their own pace; a row that has ended waits with 0 room.
+    """Decode with any drafter and any rule. Rows of a batch go at their own pace; a row that has ended has no room left.
 
     After each round both caches hold prompt and output but for the newest token, and nothing else can be seen.
     """
@@ -265,7 +268,8 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
 class Stats:
     """Sums over all rows and rounds. A row that has ended counts no more."""
 
-    rounds: int = 0  # passes of the target, each row's counted
+    passes: int = 0  # of the target
+    rounds: int = 0  # the same, counted once for each row that was still going
     drafted: int = 0  # guesses that the target was shown
     evaluated: int = 0  # of these, judged: the accepted ones, and the first rejected one of a round
     accepted: int = 0
@@ -277,6 +281,7 @@ class Stats:
         guessed = r.n_guessed
         judged = torch.minimum(r.n_accepted + (r.n_accepted < guessed), r.n_new)
         overlap = torch.minimum(r.target_probs[:, : r.draft_probs.shape[1]], r.draft_probs).sum(-1)
+        self.passes += 1
         self.rounds += (r.n_new > 0).sum().item()
         self.drafted += guessed.sum().item()
         self.evaluated += judged.sum().item()
@@ -332,7 +337,7 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
     ValueError: an argument is out of range, or prompt and budget exceed a block_size.
     """
     passes = rounds(target, prompt, max_new_tokens, drafter, k, rule, temperature, top_k, top_p, eos, seed)
-    result = Result([[] for _ in range(len(prompt) if torch.as_tensor(prompt).ndim == 2 else 1)], Stats())
+    result = Result([[] for _ in torch.atleast_2d(torch.as_tensor(prompt))], Stats())
     for r in passes:
         result.stats.add(r)
         for row, tokens, n in zip(result.tokens, r.tokens.tolist(), r.n_new.tolist()):
@@ -343,11 +348,12 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
 def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", temperature=1.0, top_k=None, top_p=None,
            eos=None, seed=None):  # fmt: skip
     """The same, round by round: check all arguments at once, then return an iterator of `Round`."""
-    prompt = torch.as_tensor(prompt, dtype=torch.int64, device=target.wte.weight.device)
-    prompt = prompt[None] if prompt.ndim == 1 else prompt
-    length = prompt.shape[-1] + max_new_tokens
-    if prompt.ndim != 2 or prompt.numel() == 0:
+    prompt = torch.atleast_2d(torch.as_tensor(prompt, device=target.wte.weight.device))
+    if prompt.numel() == 0:
         raise ValueError("the prompt is empty")
+    if prompt.ndim != 2 or prompt.dtype != torch.int64:
+        raise ValueError(f"the prompt must be token ids, (T,) or (B, T) int64; it is {tuple(prompt.shape)} {prompt.dtype}")
+    length = prompt.shape[1] + max_new_tokens
     if not 0 <= prompt.min() <= prompt.max() < target.config.vocab_size:
         raise ValueError(f"the prompt has tokens outside 0..{target.config.vocab_size - 1}")
     if max_new_tokens < 0:
@@ -360,8 +366,10 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
         raise ValueError(f"top-k is {top_k}; it must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top-p is {top_p}; it must be above 0 and at most 1")
-    if k < 1:
-        raise ValueError(f"k is {k}; at least 1 token must be guessed")
+    if not 1 <= k < target.config.block_size:
+        raise ValueError(f"k is {k}; it must be at least 1 and below the block_size, {target.config.block_size}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; it must be 0 or more and below 2^63")
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; there is: {', '.join(RULES)}")
     law = partial(to_probs, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -393,14 +401,18 @@ def find_device(name=None):
     """A device by name; without one, the GPU where there is one. ValueError: it cannot be used here."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # in which `categorical` draws
         return device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         raise ValueError(f"there is no device {name!r} here") from None
 
 
-def load_pair(folder, device, dtype=None):
-    """-> target, draft, encoding. dtype None: float32 or bfloat16, whichever makes plain decoding faster here, by a short race."""
+def load_pair(folder=CHECKPOINTS, device=None, dtype=None):
+    """-> target, draft, encoding. dtype None: float32 or bfloat16, whichever makes plain decoding faster here, by a short race.
+
+    OSError, ValueError: as `load_checkpoint`; or the two have different tokenizers.
+    """
+    folder, device = Path(folder), find_device(device)
     if dtype is None:
         both = {d: load_checkpoint(folder / "large.pt", device, d)[0] for d in (torch.float32, torch.bfloat16)}
         seconds = median_seconds({d: one_pass(model, 1, 1, 64) for d, model in both.items()})
@@ -438,21 +450,23 @@ def median_seconds(calls, repeats=20):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def tell(passes, encoding):
-    """Print the first row of a generation as it comes, each token marked by where it comes from. Returns its Stats."""
-    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+def tell(passes, encoding, prompt=""):
+    """Print prompt and the first row of its continuation as it comes, each token marked by its origin. Returns the Stats."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         marks = {"accepted guess": ("\033[32m", "\033[0m"), "correction": ("\033[31m", "\033[0m"), "bonus": ("\033[36m", "\033[0m")}
     else:
         marks = {"accepted guess": ("", ""), "correction": ("[-", "]"), "bonus": ("[+", "]")}
     print("   ".join(before + origin + after for origin, (before, after) in marks.items()) + "\n")
+    print(prompt, end="")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     stats = Stats()
     for r in passes:
         stats.add(r)
-        last = "bonus" if r.n_accepted[0] == r.n_guessed[0] else "correction"
+        last = "bonus" if r.n_accepted[0] == r.n_guessed[0] else "correction"  # without any guess: a bonus
         for i, token in enumerate(r.tokens[0, : r.n_new[0]].tolist()):
             before, after = marks["accepted guess" if i < r.n_accepted[0] else last]
             print(before + decoder.decode(encoding.decode_single_token_bytes(token)) + after, end="", flush=True)
+    print(decoder.decode(b"", final=True))
     return stats
 
 
@@ -482,8 +496,9 @@ def print_table(target, draft, prompts, max_new_tokens, k, temperatures, **optio
     print(f"{'':20} tokens/s  speed-up          predicted  alpha        tau   draft  verify   rest")
     for temperature in temperatures:
         plain, ours, speed_ups, t = compare(target, draft, prompts, max_new_tokens, k, temperature=temperature, **options)
-        rest = ours.seconds["rest"] / ours.rounds * len(prompts[0])
-        predicted = ours.tokens_per_pass * t["T1"] / (t["Tk"] + k * t["D1"] + rest)
+        rest = ours.seconds["rest"] / ours.passes
+        tau = ours.emitted / ours.passes / len(prompts[0])  # a batch goes on until its slowest row has ended
+        predicted = tau * t["T1"] / (t["Tk"] + k * t["D1"] + rest)
         low, median, high = statistics.quantiles(speed_ups, n=4)
         columns = f"{median:.2f} ({low:.2f}-{high:.2f})  {predicted:9.2f}  {ours.acceptance_rate:.3f} {ours.expected_acceptance_rate:.3f}"
         print(f"temperature {temperature:g}" + " (greedy)" * (temperature == 0))
@@ -492,7 +507,7 @@ def print_table(target, draft, prompts, max_new_tokens, k, temperatures, **optio
             shares = "  ".join(f"{seconds / total:6.1%}" for seconds in stats.seconds.values())
             print(f"  {name:18} {stats.emitted / total:8.0f}  {columns}  {stats.tokens_per_pass:.2f}  {shares}")
         ms = {name: f"{1000 * seconds:.2f}" for name, seconds in (t | {"rest": rest}).items()}
-        print(f"  predicted: {ours.tokens_per_pass:.2f} x {ms['T1']} ms / ({ms['Tk']} + {k} x {ms['D1']} + {ms['rest']} ms)", end="; ")
+        print(f"  predicted: {tau:.2f} x {ms['T1']} ms / ({ms['Tk']} + {k} x {ms['D1']} + {ms['rest']} ms)", end="; ")
         alpha = ours.expected_acceptance_rate
         print(f"by theory tau = {expected_tokens(alpha, k):.2f} and the best k is {best_k(alpha, t['D1'] / t['T1'])}")
 
@@ -519,24 +534,24 @@ def pearson(observed, expected):
     observed, expected = (torch.cat((x[:n_rare].sum()[None], x[n_rare:])) for x in (observed, expected))
     n, cells = expected.sum(), len(expected)
     x2 = torch.inf if impossible else ((observed - expected) ** 2 / expected).sum().item()
-    p = torch.special.gammaincc(torch.tensor((cells - 1) / 2).double(), torch.tensor(x2 / 2).double()).item() if cells > 1 else float(x2 == 0)
+    p = torch.special.gammaincc(torch.tensor((cells - 1) / 2).double(), torch.tensor(x2 / 2).double()).item() if cells > 1 else float(not impossible)
     tv = (observed - expected).abs().sum() / 2 / n
     chance = (expected * (1 - expected / n) / (2 * torch.pi)).clamp(min=0).sqrt().sum() / n  # E|normal deviation| / 2, summed
     return x2, cells, p, tv.item(), chance.item()
 
 
 @torch.no_grad()
-def check(target, draft, encoding, prompt, k, seed, n_samples=10_000, rows=500, **options):
+def check(target, draft, encoding, prompt, k, seed, n_samples=10_000, rows=500, level=1e-6, **options):
     """Sample the first two tokens after prompt (T,) many times, plainly and speculatively, and compare with their exact law.
 
-    Prints the comparison; returns whether both agree: p > 1e-6, so one false alarm in half a million runs.
+    Prints the comparison; returns whether both agree: p > level. At 1e-6, one run in half a million raises a false alarm.
     """
     law = partial(to_probs, **options)
     first = law(target(prompt[None])[0][0, -1]).double()
-    likely = (n_samples * first >= 10).nonzero()[:, 0]  # the second token's law is worth asking for only after these
+    likely = first.topk(min(200, len(first))).indices  # only after these is the second token's law asked for
     texts = torch.cat((prompt.expand(len(likely), -1), likely[:, None]), 1)
     expected = torch.zeros(len(first), len(first), dtype=torch.float64)
-    expected[:, 0] = first.cpu()  # after an unlikely first token, all second ones are one cell
+    expected[:, 0] = first.cpu()  # after any other first token, all second ones are one cell
     expected[likely.cpu()] = (first[likely, None] * law(target(texts)[0][:, -1])).double().cpu()
     expected *= n_samples
 
@@ -546,7 +561,7 @@ def check(target, draft, encoding, prompt, k, seed, n_samples=10_000, rows=500, 
         counts[name], start = torch.zeros_like(expected), now()
         for batch in range(n_samples // rows):
             text = [[] for _ in range(rows)]
-            for r in rounds(target, prompt.expand(rows, -1), k + 1, drafter, k, seed=seed * n_samples + batch, **options):
+            for r in rounds(target, prompt.expand(rows, -1), k + 1, drafter, k, seed=2 * (seed + batch) + len(counts), **options):
                 for row, tokens, n in zip(text, r.tokens.tolist(), r.n_new.tolist()):
                     row.extend(tokens[:n])
                 if min(map(len, text)) >= 2:
@@ -554,13 +569,14 @@ def check(target, draft, encoding, prompt, k, seed, n_samples=10_000, rows=500, 
             for one, two, *_ in text:
                 counts[name][one, two if one in likely else 0] += 1
         x2, cells, p, tv, chance = pearson(counts[name].flatten(), expected.flatten())
-        agree &= p > 1e-6
+        agree &= p > level
         print(f"  {name:22} {x2:9.1f} {cells:6} {p:8.2g} {tv:6.3f} {chance:13.3f} {now() - start:8.1f}")
 
     print("\nthe likeliest pairs: exact, plain, speculative")
     most = expected.max().item()
     for cell in expected.flatten().argsort(descending=True)[:8].tolist():
-        name = repr(encoding.decode([cell // len(first), cell % len(first)]))
+        one, two = divmod(cell, len(first))
+        name = repr(encoding.decode([one, two])) if one in likely else repr(encoding.decode([one])) + " + any"
         for label, count in ((name, expected), *(("", count) for count in counts.values())):
             count = count.flatten()[cell].item()
             print(f"{label:>20} {count / n_samples:6.2%} {'#' * round(50 * count / most)}")
@@ -584,41 +600,38 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="sample both many times and compare with the exact law; exit 1 if one is off")
     args = parser.parse_args(argv)
     try:
-        demonstrate(args)
+        if args.max_new_tokens < 1 or args.batch < 1:
+            raise ValueError("--max-new-tokens and --batch must be at least 1")
+        device, dtype = find_device(args.device), args.dtype and getattr(torch, args.dtype)
+        target, draft, encoding = load_pair(args.checkpoints, device, dtype)
+        texts = PROMPTS if args.prompt is None else (args.prompt,)
+        prompts = [torch.tensor([encoding.encode_ordinary(text)] * args.batch, device=device) for text in texts]
+        temperatures = (1.0, 0.0) if args.temperature is None else (args.temperature,)
+        options = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+        for prompt in prompts:  # refuses what cannot be decoded; the first one is then told
+            rounds(target, prompt, args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0], **options)
+    except FileNotFoundError as error:
+        parser.error(f"{error.filename} is missing; `python train_tiny.py` makes a pair")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def demonstrate(args):
-    for option in ("max_new_tokens", "batch"):
-        if getattr(args, option) < 1:
-            raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
-    device = find_device(args.device)
-    target, draft, encoding = load_pair(args.checkpoints, device, args.dtype and getattr(torch, args.dtype))
-    texts = PROMPTS if args.prompt is None else (args.prompt,)
-    prompts = [torch.tensor([encoding.encode_ordinary(text)] * args.batch) for text in texts]
-    temperatures = (1.0, 0.0) if args.temperature is None else (args.temperature,)
-    options = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-    for prompt in prompts:  # refuses bad arguments before anything is printed
-        passes = rounds(target, prompt, args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0], **options)
-
+    sys.stdout.reconfigure(errors="replace")
     if args.check:
-        sys.exit(not check(target, draft, encoding, prompts[0][0].to(device), args.k, args.seed, temperature=temperatures[0], top_k=args.top_k, top_p=args.top_p))
+        sys.exit(not check(target, draft, encoding, prompts[0][0], args.k, temperature=temperatures[0], **options))
 
     for name, model in (("large.pt, the target:", target), ("tiny.pt, the draft:", draft)):
         weights, c = sum(p.numel() for p in model.parameters()), model.config
         print(f"{name:21} {weights:10,} weights in {c.n_layer} x {c.n_embd}, {str(model.wte.weight.dtype)[6:]} on {device}")
-    print(f"\nprompt, then {args.max_new_tokens} new tokens:", end=" ")
-    passes = rounds(target, prompts[0], args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0], **options)
-    print(texts[0], end="")
-    stats = tell(passes, encoding)
-    print(f"\n\n{stats.emitted} tokens in {stats.rounds} passes of the target.\n")
-    print(f"The same {len(prompts)} prompts, {args.max_new_tokens} new tokens each, plain and speculative in turn, 5 times:\n")
+    print(f"\nThe prompt, then up to {args.max_new_tokens} new tokens, each marked by where it comes from:", end=" ")
+    story = rounds(target, prompts[0], args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0],
+                   eos=encoding.eot_token, **options)  # fmt: skip
+    stats = tell(story, encoding, texts[0])
+    print(f"\n{stats.emitted} tokens in {stats.rounds} passes of the target.\n")
+    print(f"Now {len(prompts)} prompts, {args.max_new_tokens} new tokens each, plain and speculative in turn, 5 times:\n")
     print_table(target, draft, prompts, args.max_new_tokens, args.k, temperatures, **options)
     print(GLOSSARY)
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()

@@ -18,8 +18,7 @@ import sys
 import sysconfig
 import time
 import zlib
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tiktoken
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
 from model import GPT, GPTConfig, make_encoding, save_checkpoint
-from specdec import CHECKPOINTS, Parser, find_device
+from specdec import CHECKPOINTS, Parser, find_device, median_seconds
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Preset:
 
 PRESETS = {
     "tiny-cpu": Preset(512, 128, (4, 4, 128), (1, 2, 64), 16, (200, 200, 200), 60_000),
-    "cpu": Preset(1024, 512, (12, 4, 224), (1, 4, 144), 8, (4000, 3000, 6000), 200_000),
+    "cpu": Preset(1024, 512, (12, 4, 224), (1, 4, 144), 8, (4000, 2500, 4000), 200_000),
     "gpu": Preset(1024, 1024, (12, 12, 768), (2, 4, 128), 64, (3000, 2000, 4000), 200_000),
 }
 PEAK_LR = {"large": 2e-3, "tiny": 4e-3, "distil": 2e-3}
@@ -77,11 +76,12 @@ def read_corpus(path=None):
 
 
 def split_corpus(documents):
-    """Training texts and held-out texts, about 19 : 1, by a hash of the file's name: adding a file moves no other one."""
-    if len(documents) == 1:
-        text = documents[0][1]
-        cut = len(text) * 19 // 20
-        return [text[:cut]], [text[cut:]]
+    """Training texts and held-out texts, about 19 : 1.
+
+    By a hash of the file's name, so that adding a file moves no other one; where files are few, the end of each is held out.
+    """
+    if len(documents) < 100:
+        return [t[: len(t) * 19 // 20] for _, t in documents], [t[len(t) * 19 // 20 :] for _, t in documents]
     held_out = [zlib.crc32(name.encode()) % 20 == 0 for name, _ in documents]
     return [t for (_, t), h in zip(documents, held_out) if not h], [t for (_, t), h in zip(documents, held_out) if h]
 
@@ -147,16 +147,22 @@ class Interrupted(Exception):
 class Run:
     """The stages of one training run, and partial.pt, from which an interrupted run goes on exactly where it stopped."""
 
-    def __init__(self, folder, settings, preset, device, autocast):
+    def __init__(self, folder, settings, preset, device, dtype):
         self.path = Path(folder) / "partial.pt"
-        self.preset, self.device, self.autocast = preset, device, autocast
-        self.state = {"settings": settings, "finished": {}, "stage": None}
+        self.preset, self.device = preset, device
+        self.state = {"settings": settings, "dtype": dtype, "finished": {}, "stage": None}
         if self.path.exists():
-            state = torch.load(self.path, map_location=device, weights_only=True)
+            try:
+                state = torch.load(self.path, map_location=device, weights_only=True)
+            except Exception as error:  # torch.load raises many kinds
+                raise ValueError(f"{self.path} is damaged: delete it") from error
             if state["settings"] != settings:
-                raise ValueError(f"{self.path} belongs to another run ({state['settings']}): finish that one, or delete the file")
+                raise ValueError(f"{self.path} belongs to a run with other settings: finish that one, or delete the file")
             self.state = state
             print(f"going on from {self.path}")
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.state["dtype"] == "bfloat16")
 
     def save(self):
         torch.save(self.state, f"{self.path}.new")
@@ -244,10 +250,11 @@ class Progress:
 
 
 def held_out_windows(tokens, block_size, most=128):
-    """The first stretches of the held-out tokens, (B, block_size + 1) int64, not overlapping."""
+    """Stretches of the held-out tokens, (B, block_size + 1) int64: evenly spaced, not overlapping, so from as many texts as can be."""
     T = block_size + 1
     n = min(most, len(tokens) // T)
-    return tokens[: n * T].view(n, T).long()
+    start = torch.arange(n) * (len(tokens) - T) // max(1, n - 1)
+    return tokens[start[:, None] + torch.arange(T)].long()
 
 
 @torch.no_grad()
@@ -261,7 +268,7 @@ def held_out_loss(model, windows, device, autocast):
 def held_out_alpha(large, tiny, windows, device, autocast):
     """Acceptance rate at temperature 1 on held-out text, E[sum min(target_probs, draft_probs)], and its standard error.
 
-    Tokens of one window are alike, so the windows, not the tokens, are what is counted as independent.
+    Tokens of one window are alike, so windows, not tokens, are counted as independent.
     """
     means = []
     for window in windows.to(device):
@@ -272,18 +279,16 @@ def held_out_alpha(large, tiny, windows, device, autocast):
     return means.mean().item(), (means.std() / len(means) ** 0.5).item()
 
 
-def bfloat16_is_faster(model, windows):
-    """Measured, not guessed: some processors have bfloat16 arithmetic, others imitate it."""
-    seconds = []
-    for enabled in (False, True, False, True):
-        start = time.perf_counter()
+def faster_dtype(model, windows):
+    """float32 or bfloat16, by a short race: some processors have bfloat16 arithmetic, others imitate it."""
+
+    def step(enabled):
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=enabled):
             text_loss(model, windows).backward()
         model.zero_grad()
-        if windows.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds[3] < seconds[2]
+
+    seconds = median_seconds({"float32": lambda: step(False), "bfloat16": lambda: step(True)}, repeats=3)
+    return min(seconds, key=seconds.get)
 
 
 def main(argv=None):
@@ -292,15 +297,15 @@ def main(argv=None):
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu where there is one, else cpu")
     parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="where the pair goes (default: checkpoints/)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic in training (default: the faster, measured)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: the faster, by a short race)")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds repeat a run, if --dtype is given as well")
     args = parser.parse_args(argv)
     try:
         run(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except (Interrupted, KeyboardInterrupt) as error:
-        print(error or "interrupted", file=sys.stderr)
+        print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -323,23 +328,20 @@ def run(args):
     large = GPT(GPTConfig(preset.vocab_size, preset.block_size, *preset.large)).to(device)
     tiny = GPT(GPTConfig(preset.vocab_size, preset.block_size, *preset.tiny)).to(device)
     windows = held_out_windows(held_out, preset.block_size)
-    low = bfloat16_is_faster(large, windows[: preset.batch_size].to(device)) if args.dtype is None else args.dtype == "bfloat16"
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
-
+    settings = {"preset": asdict(preset), "seed": args.seed, "corpus": zlib.crc32(tokens.numpy().tobytes())}
+    stages = Run(args.checkpoints, settings, preset, device, args.dtype)
+    autocast = stages.autocast
+    if stages.state["dtype"] is None:
+        stages.state["dtype"] = faster_dtype(large, windows[: preset.batch_size].to(device))
     for model, title in ((large, "large"), (tiny, "tiny")):
-        print(f"{title}: {sum(p.numel() for p in model.parameters()):,} weights, on {device}, in {'bfloat16' if low else 'float32'}")
-
-    settings = {"preset": name, "seed": args.seed, "corpus": zlib.crc32(tokens.numpy().tobytes())}
-    stages = Run(args.checkpoints, settings, preset, device, autocast)
+        print(f"{title}: {sum(p.numel() for p in model.parameters()):,} weights, on {device}, in {stages.state['dtype']}", flush=True)
     large = stages.train("large", large, text_loss, tokens, preset.steps[0], args.seed + 1)
     tiny = stages.train("tiny", tiny, text_loss, tokens, preset.steps[1], args.seed + 2)
     before = held_out_alpha(large, tiny, windows, device, autocast)
     tiny = stages.train("distil", tiny, lambda t, w: distillation_loss(t, large, w), tokens, preset.steps[2], args.seed + 3)
     after = held_out_alpha(large, tiny, windows, device, autocast)
 
-    # Both files are complete before either name is taken: a run that dies here leaves the old pair or the new one.
+    # Both files are complete before either name is taken. A run that dies in between still has partial.pt to go on from.
     for title, model in (("large", large), ("tiny", tiny)):
         save_checkpoint(args.checkpoints / f"{title}.pt.complete", model, encoding)
     for title in ("large", "tiny"):

@@ -99,6 +99,8 @@ CATALOGUE = [
            "        self.cache.rollback(length - lacking)\n", "        self.cache.length, lacking = length - 1, 1\n", "decoding"),
     Mutant("E2", "the target forgets one token too few", "lablup/mlxcel#994", "specdec.py",
            "        cache.rollback(length - 1)\n        drafter", "        cache.rollback(torch.minimum(length, cache.length))\n        drafter", LOOP),
+    Mutant("E2b", "the draft forgets one token too many", "lablup/mlxcel#994", "specdec.py",
+           "drafter.rollback(length - 1)", "drafter.rollback(length - 2)", "decoding"),
     Mutant("E4", "only the newest token is fed", "lucidrains/speculative-decoding@88641c0", "specdec.py",
            "tokens = text.gather(1, (length - lacking)[:, None] + torch.arange(lacking, device=text.device))",
            "tokens = text.gather(1, length[:, None] - 1)", "decoding"),

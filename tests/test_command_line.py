@@ -51,6 +51,8 @@ def test_the_numbers_of_the_table_add_up(pair, capsys):
     out = capsys.readouterr().out
     row = re.search(r"draft model, k=3 +(\d+) +([\d.]+) \(([\d.]+)-([\d.]+)\) +([\d.]+) +([\d.]+) ([\d.]+) +([\d.]+) +([\d.]+)% +([\d.]+)% +([\d.]+)%", out)
     speed, median, low, high, predicted, alpha, expected, tau, *shares = map(float, row.groups())
+    plain_speed = float(re.search(r"plain decoding +(\d+)", out)[1])
+    assert 1 / 2 < median / (speed / plain_speed) < 2  # the median of the pairs and the totals cannot be far apart
     assert low <= median <= high
     assert abs(sum(shares) - 100) < 0.2
     assert 0 <= alpha <= 1 and 0 <= expected <= 1 and 1 <= tau <= 4
@@ -59,16 +61,52 @@ def test_the_numbers_of_the_table_add_up(pair, capsys):
     assert out.count("temperature") == 1
 
 
-def test_output_is_marked_by_origin(pair, capsys):
-    """Without its marks the story is the text that the same seed generates; the marks count what the statistics count."""
-    target, draft, encoding = specdec.load_pair(pair, torch.device("cpu"), torch.float32)
-    prompt = torch.tensor([[1, 2, 3]])
-    expected = specdec.generate(target, prompt, 30, drafter=specdec.ModelDrafter(draft), k=3, seed=5)
-    stats = specdec.tell(specdec.rounds(target, prompt, 30, specdec.ModelDrafter(draft), 3, seed=5), encoding)
+def a_round(tokens, n_new, n_accepted, n_guessed):
+    """One row's round; what does not matter to the story is left out."""
+    laws = torch.ones(1, 3, 257)
+    laws[:, n_guessed:] = 0
+    return specdec.Round(torch.tensor([tokens]), torch.tensor([n_new]), torch.tensor([n_accepted]), torch.ones(1, 4, 257), laws, {"draft": 0, "verify": 0, "rest": 0})
+
+
+@pytest.mark.parametrize("terminal, no_color, marks", [
+    (False, "", ("", "", "[-", "]", "[+", "]")),
+    (True, "1", ("", "", "[-", "]", "[+", "]")),
+    (True, "", ("\033[32m", "\033[0m", "\033[31m", "\033[0m", "\033[36m", "\033[0m")),
+])  # fmt: skip
+def test_output_is_marked_by_origin(pair, capsys, monkeypatch, terminal, no_color, marks):
+    """Guesses, then a correction or a bonus; a character in two tokens; a round cut at EOS; a last half character."""
+    encoding = make_encoding(r"\S+|\s+", BYTES)
+    passes = [a_round(list(b"abcd"), 3, 2, 3), a_round(list(b"ef\xc3g"), 3, 3, 3), a_round(list(b"\xa9hij"), 4, 3, 3), a_round([0xC3, 0, 0, 0], 1, 0, 3)]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    stats = specdec.tell(passes, encoding, "prompt")
     legend, story = capsys.readouterr().out.split("\n\n", 1)
-    assert stats.emitted == 30 and stats.accepted == expected.stats.accepted
-    assert story.count("[-") + story.count("[+") >= stats.rounds
-    assert legend == "accepted guess   [-correction]   [+bonus]"
+    g, g_end, c, c_end, b, b_end = marks
+    assert legend == f"{g}accepted guess{g_end}   {c}correction{c_end}   {b}bonus{b_end}"
+    cut = f"{g}a{g_end}{g}b{g_end}{c}c{c_end}" f"{g}e{g_end}{g}f{g_end}{g}{g_end}" f"{g}é{g_end}{g}h{g_end}{g}i{g_end}{b}j{b_end}" f"{c}{c_end}\ufffd\n"
+    assert story == "prompt" + cut and stats.emitted == 11
+
+
+def test_the_baseline_is_the_faster_dtype(pair, monkeypatch):
+    """The race for the dtype is won by the smaller time, either way round."""
+    for fast, slow in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        monkeypatch.setattr(specdec, "median_seconds", lambda calls, *_: {fast: 1.0, slow: 2.0})
+        target, draft, _ = specdec.load_pair(pair)
+        assert target.wte.weight.dtype == draft.wte.weight.dtype == fast
+
+
+@pytest.mark.parametrize("agree, status", [(True, 0), (False, 1)])
+def test_check_exits_1_on_a_mismatch(pair, monkeypatch, agree, status):
+    monkeypatch.setattr(specdec, "check", lambda *args, **options: agree)
+    with pytest.raises(SystemExit) as exit:
+        specdec.main(["--checkpoints", str(pair), "--check"])
+    assert exit.value.code == status
+
+
+def test_check_of_nearly_uniform_laws(pair, capsys, monkeypatch):
+    """No token stands out, nearly all cells are pooled: still a verdict, and no crash."""
+    target, draft, encoding = specdec.load_pair(pair)
+    assert specdec.check(target, draft, encoding, torch.tensor([1, 2]), 2, 0, n_samples=1000, temperature=1000.0)
 
 
 def test_batch_dtype_and_filters(pair, capsys):
@@ -87,11 +125,14 @@ def test_batch_dtype_and_filters(pair, capsys):
         (["--top-p", "1.5"], "top-p is 1.5"),
         (["--top-k", "0"], "top-k is 0"),
         (["--prompt", ""], "prompt is empty"),
-        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens and --batch must be at least 1"),
+        (["-k", "100000"], "k is 100000"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--seed", str(2**70)], "seed is"),
         (["--max-new-tokens", "256"], "block_size is 256"),
-        (["--batch", "0"], "--batch is 0"),
+        (["--batch", "0"], "--batch must be at least 1"),
         (["--device", "abacus"], "no device 'abacus'"),
-        (["--checkpoints", "/nowhere"], "/nowhere/large.pt"),
+        (["--checkpoints", "/nowhere"], "/nowhere/large.pt is missing; `python train_tiny.py` makes a pair"),
         (["--temperature", "warm"], "invalid float value: 'warm'"),
         (["--beam"], "unrecognized arguments: --beam"),
     ],

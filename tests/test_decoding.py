@@ -12,6 +12,7 @@ from test_kvcache import poison
 TARGET, DRAFT = make_gpt(1), make_gpt(2, n_layer=1, n_embd=4)
 PROMPT = torch.tensor([3, 1, 4, 1, 5])
 PROMPTS = torch.tensor([[3, 1, 4], [0, 2, 6], [5, 5, 5]])
+one_row_and_batch = pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one_row", "batch"])
 
 
 class NoisyDrafter(ModelDrafter):
@@ -45,8 +46,9 @@ def greedy(prompt, n, **options):
 
 
 @pytest.mark.parametrize("k", range(1, 7))
-def test_greedy_speculation_is_greedy_decoding(drafter, k):
-    for prompt in (PROMPT, PROMPTS, PROMPT[:1]):
+@one_row_and_batch
+def test_greedy_speculation_is_greedy_decoding(drafter, k, prompts):
+    for prompt in (prompts, prompts[:, :1]):
         assert greedy(prompt, 40, drafter=drafter, k=k) == greedy(prompt, 40)
 
 
@@ -81,16 +83,17 @@ def test_a_broken_draft_costs_speed_and_nothing_else(value, temperature):
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("at_the_edge", [False, True])
-def test_every_budget(drafter, k, at_the_edge):
+@one_row_and_batch
+def test_every_budget(drafter, k, at_the_edge, prompts):
     """Exactly the budget, also where prompt and budget fill the block_size to the last position."""
     for budget in range(k + 3):
-        prompt = PROMPTS.repeat(1, 16)[:, : TARGET.config.block_size - budget] if at_the_edge else PROMPTS
+        prompt = prompts.repeat(1, 16)[:, : TARGET.config.block_size - budget] if at_the_edge else prompts
         tokens = greedy(prompt, budget, drafter=drafter, k=k)
         assert tokens == greedy(prompt, budget)
-        assert [len(row) for row in tokens] == [budget] * 3
+        assert [len(row) for row in tokens] == [budget] * len(prompts)
 
 
-def test_eos_as_guess_as_correction_and_as_bonus(drafter):
+def test_eos_as_guess_as_correction_and_as_bonus_one_row(drafter):
     """The output ends at the first EOS, wherever in a round that is, and nothing after it is emitted or counted."""
     plain = greedy(PROMPT, 30)[0]
     seen = set()
@@ -112,11 +115,21 @@ def test_eos_as_guess_as_correction_and_as_bonus(drafter):
         assert ("bonus" in seen) if type(drafter) is ModelDrafter else {"bonus", "correction"} <= seen
 
 
+def cut_at(eos, rows):
+    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+
+
+def test_plain_decoding_ends_each_row_at_its_own_eos():
+    plain = greedy(PROMPTS, 30)
+    for eos in range(7):
+        result = generate(TARGET, PROMPTS, 30, temperature=0, eos=eos)
+        assert result.tokens == cut_at(eos, plain) and result.stats.emitted == sum(map(len, result.tokens))
+
+
 def test_rows_end_at_their_own_eos():
     plain = greedy(PROMPTS, 30)
     for eos in range(7):
-        expected = [row[: row.index(eos) + 1] if eos in row else row for row in plain]
-        assert greedy(PROMPTS, 30, eos=eos) == expected
+        expected = cut_at(eos, plain)
         for k in (1, 3):
             result = generate(TARGET, PROMPTS, 30, drafter=NoisyDrafter(TARGET, 0.3), k=k, temperature=0, eos=eos)
             assert result.tokens == expected and result.stats.emitted == sum(map(len, expected))
@@ -150,17 +163,20 @@ def test_after_every_round_both_caches_are_those_of_a_fresh_forward(monkeypatch,
     monkeypatch.setattr(TARGET, "new_cache", lambda *args: made.append(type(TARGET).new_cache(TARGET, *args)) or made[-1])
     texts = PROMPTS.tolist()
     histories = set()
+    length = torch.full((3,), 3)
     for r in rounds(TARGET, PROMPTS, 30, drafter, k, temperature=temperature, seed=2):
+        before, length = length, length + r.n_new
+        assert torch.equal(made[0].length, length - 1)
+        if n := r.draft_probs.shape[1]:  # the draft has read its guesses but for the last
+            assert torch.equal(drafter.cache.length, torch.minimum(length - 1, before + n - 1))
         histories.update(r.n_accepted.tolist())
         for b, (tokens, n) in enumerate(zip(r.tokens.tolist(), r.n_new.tolist())):
             texts[b] += tokens[:n]
-            draft_lacks = 2 if r.n_accepted[b] == r.n_guessed[b] else 1
-            for model, cache, lacks in ((TARGET, made[0], 1), (drafter.model, drafter.cache, draft_lacks)):
-                length = cache.length[b].item()
-                assert length == len(texts[b]) - lacks or n < k + 1 and length <= len(texts[b]) - 1
-                fresh = cached(model, torch.tensor(texts[b][:length]))
+            for model, cache in ((TARGET, made[0]), (drafter.model, drafter.cache)):
+                S = cache.length[b].item()
+                fresh = cached(model, torch.tensor(texts[b][:S]))
                 for one, other in ((cache.k, fresh.k), (cache.v, fresh.v)):
-                    torch.testing.assert_close(one[:, b, :, :length], other[:, 0, :, :length], rtol=0, atol=1e-10)
+                    torch.testing.assert_close(one[:, b, :, :S], other[:, 0, :, :S], rtol=0, atol=1e-10)
         poison(made[0]), poison(drafter.cache)
     assert [len(text) for text in texts] == [33] * 3
     if drafter.model is TARGET:
@@ -223,6 +239,8 @@ def test_seeds(make):
     "options, message",
     [
         ({"k": 0}, "k is 0"),
+        ({"k": 48}, "k is 48"),
+        ({"seed": -1}, "seed is -1"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top-k"),
@@ -230,6 +248,8 @@ def test_seeds(make):
         ({"top_p": 1.1}, "top-p"),
         ({"rule": "optimism"}, "unknown rule 'optimism'"),
         ({"prompt": torch.zeros(0, dtype=torch.int64)}, "prompt is empty"),
+        ({"prompt": torch.tensor([1.5])}, "int64"),
+        ({"prompt": torch.ones(1, 2, 3, dtype=torch.int64)}, "int64"),
         ({"prompt": torch.tensor([7])}, "outside"),
         ({"prompt": torch.tensor([-1])}, "outside"),
         ({"max_new_tokens": -1}, "negative"),

@@ -82,7 +82,7 @@ def test_a_token_of_probability_0_never_wins():
     assert (categorical(probs, torch.Generator().manual_seed(0)) % 2 == 1).all()
 
 
-def test_drawing_leaves_the_law_alone_and_uses_no_global_state():
+def test_drawing_leaves_its_input_alone_and_uses_no_global_state():
     probs = torch.rand(3, 4)
     before, state = probs.clone(), torch.get_rng_state()
     categorical(probs, torch.Generator().manual_seed(0)), bernoulli(probs, torch.Generator().manual_seed(0))

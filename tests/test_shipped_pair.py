@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from conftest import FALSE_ALARM, N_P_VALUES
 from specdec import CHECKPOINTS, ModelDrafter, check, generate, load_pair
 
 PROMPT = "class Stack:\n    def __init__(self):\n"
@@ -10,7 +11,7 @@ PROMPT = "class Stack:\n    def __init__(self):\n"
 
 @pytest.fixture(scope="module")
 def pair():
-    return load_pair(CHECKPOINTS, torch.device("cpu"), torch.float32)
+    return load_pair(device="cpu", dtype=torch.float32)
 
 
 def test_sizes(pair):
@@ -41,10 +42,10 @@ def test_greedy_text_is_the_targets(pair):
 
 
 def test_samples_follow_the_targets_own_law(pair, capsys):
-    """--check with fewer samples: the first two tokens' joint law, p > 1e-6 for both ways of decoding."""
+    """--check with fewer samples: the first two tokens' joint law, for both ways of decoding."""
     target, draft, encoding = pair
     prompt = torch.tensor(encoding.encode_ordinary(PROMPT))
-    assert check(target, draft, encoding, prompt, k=4, seed=1, n_samples=2000)
+    assert check(target, draft, encoding, prompt, k=4, seed=1, n_samples=2000, level=FALSE_ALARM / N_P_VALUES)
     assert "both follow the target's law" in capsys.readouterr().out
 
 

@@ -1,7 +1,9 @@
 """train_tiny.py: a whole run in seconds, interrupted and not; and its parts."""
 
 import os
+import re
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import train_tiny
 from conftest import make_gpt
 from model import load_checkpoint
-from train_tiny import PRESETS, Preset, distillation_loss, held_out_alpha, main, read_corpus, split_corpus
+from train_tiny import PRESETS, Preset, distillation_loss, held_out_alpha, held_out_windows, main, read_corpus, split_corpus
 
 SMALL = Preset(280, 16, (2, 2, 8), (1, 1, 8), 4, (6, 4, 5), 3000)
 
@@ -18,7 +20,7 @@ SMALL = Preset(280, 16, (2, 2, 8), (1, 1, 8), 4, (6, 4, 5), 3000)
 def corpus(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
-    for i in range(60):
+    for i in range(120):
         (folder / f"{i}.txt").write_text(f"line {i} of the text, and {i * i} words more\n" * 5)
     return folder
 
@@ -78,9 +80,14 @@ def test_ctrl_c_loses_nothing(train, tmp_path, monkeypatch, capsys, stage, step)
     assert same([load_checkpoint(tmp_path / "out" / f"{name}.pt")[0].state_dict() for name in ("large", "tiny")], other)
 
     monkeypatch.setattr(train_tiny.Progress, "show", show)
+    monkeypatch.setitem(PRESETS, "small", replace(SMALL, steps=(7, 4, 5)))
+    with pytest.raises(SystemExit):
+        train("out")
+    assert "other settings" in capsys.readouterr().err
+    monkeypatch.setitem(PRESETS, "small", SMALL)
     with pytest.raises(SystemExit) as exit:
         train("out", "--seed", "9")
-    assert exit.value.code == 2 and "another run" in capsys.readouterr().err
+    assert exit.value.code == 2 and "other settings" in capsys.readouterr().err
     assert same(train("out"), expected)
     assert capsys.readouterr().out.count("\n".join(report)) == 1
     assert not (tmp_path / "out" / "partial.pt").exists()
@@ -120,7 +127,30 @@ def test_the_split_is_by_file_and_stays_when_files_are_added():
     train, held_out = split_corpus(documents)
     assert 30 <= len(held_out) <= 70 and sorted(train + held_out) == sorted(text for _, text in documents)
     assert set(held_out) <= set(split_corpus(documents + [("new.py", "new")])[1])
-    assert split_corpus([("one.txt", "x" * 100)]) == (["x" * 95], ["x" * 5])
+    assert split_corpus([("one.txt", "x" * 100), ("two.txt", "y" * 20)]) == (["x" * 95, "y" * 19], ["x" * 5, "y"])
+
+
+def test_held_out_windows_are_spread_over_all_held_out_tokens():
+    windows = held_out_windows(torch.arange(1000), 9, most=4)
+    assert windows.shape == (4, 10) and windows[:, 0].tolist() == [0, 330, 660, 990]
+    assert held_out_windows(torch.arange(25), 9).tolist() == [list(range(10)), list(range(15, 25))]
+
+
+def test_the_report_is_about_held_out_text(train, corpus, capsys, monkeypatch):
+    """Held-out texts full of characters that no training text has must look worse."""
+
+    def loss_of_large(out):
+        return float(re.search(r"loss of large: ([\d.]+)", out)[1])
+
+    monkeypatch.setitem(PRESETS, "small", replace(SMALL, steps=(60, 1, 1)))
+    train("a")
+    before = loss_of_large(capsys.readouterr().out)
+    held_out = split_corpus(read_corpus(corpus))[1]
+    for file in corpus.iterdir():
+        if file.read_text() in held_out:
+            file.write_text("\u4e16\u754c" * 200)
+    train("b")
+    assert loss_of_large(capsys.readouterr().out) > before + 0.5
 
 
 def test_distillation_raises_the_acceptance_rate():
@@ -137,3 +167,11 @@ def test_distillation_raises_the_acceptance_rate():
     after, _ = held_out_alpha(large, tiny, windows, "cpu", context)
     assert 0 < error < 0.1 and after > before + 0.1
     assert held_out_alpha(large, large, windows, "cpu", context) == pytest.approx((1, 0), abs=1e-6)
+
+
+def test_a_damaged_partial_run_is_refused(train, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "partial.pt").write_bytes(b"PK half")
+    with pytest.raises(SystemExit) as exit:
+        train("out")
+    assert exit.value.code == 2 and "partial.pt is damaged: delete it" in capsys.readouterr().err
