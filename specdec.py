@@ -470,7 +470,7 @@ def tell(passes, encoding, prompt=""):
     return stats
 
 
-def compare(target, draft, prompts, max_new_tokens, k, repeats=5, **options):
+def compare(target, draft, prompts, max_new_tokens, k, seed, repeats=5, **options):
     """Decode every prompt plainly and speculatively, in turn, and in between time single passes of both models.
 
     Returns the Stats of all plain runs, those of all speculative runs, the speed-up of each pair of runs, and the median
@@ -478,11 +478,11 @@ def compare(target, draft, prompts, max_new_tokens, k, repeats=5, **options):
     """
     totals, speed_ups, passes = (Stats(), Stats()), [], []
     models = {"T1": (target, 1), "Tk": (target, k + 1), "D1": (draft, 1)}
-    for prompt in prompts * repeats:
+    for i, prompt in enumerate(prompts * repeats):
         speed = []
         for total, drafter in zip(totals, (None, ModelDrafter(draft))):
             stats = Stats()
-            for r in rounds(target, prompt, max_new_tokens, drafter, k, **options):
+            for r in rounds(target, prompt, max_new_tokens, drafter, k, seed=seed + i, **options):
                 stats.add(r)
                 total.add(r)
             speed.append(stats.emitted / sum(stats.seconds.values()))
