@@ -385,9 +385,9 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 PROMPTS = (
+    "import os\nimport sys\n\ndef main(argv=None):\n    if argv is None:\n        argv = sys.argv[1:]\n",
     "def binary_search(items, wanted):\n    \"\"\"Return the index of wanted in the sorted list items, or -1.\"\"\"\n",
     "class Stack:\n    \"\"\"A last-in, first-out container.\"\"\"\n\n    def __init__(self):\n",
-    "import os\nimport sys\n\ndef main(argv=None):\n    if argv is None:\n        argv = sys.argv[1:]\n",
     "class TestParser(unittest.TestCase):\n\n    def test_empty(self):\n        self.assertEqual(",
 )
 
@@ -474,10 +474,10 @@ def compare(target, draft, prompts, max_new_tokens, k, seed, repeats=5, **option
     """Decode every prompt plainly and speculatively, in turn, and in between time single passes of both models.
 
     Returns the Stats of all plain runs, those of all speculative runs, the speed-up of each pair of runs, and the median
-    seconds of a pass: "T1" and "Tk" of the target over 1 and k+1 tokens, "D1" of the draft over 1.
+    seconds of a pass: "T1" and "Tk" of the target over 1 and k+1 tokens, "D1" of the draft over 1, k of them in a row as in
+    a round (the first costs more, since the target has just used the processor's caches for itself).
     """
     totals, speed_ups, passes = (Stats(), Stats()), [], []
-    models = {"T1": (target, 1), "Tk": (target, k + 1), "D1": (draft, 1)}
     for i, prompt in enumerate(prompts * repeats):
         speed = []
         for total, drafter in zip(totals, (None, ModelDrafter(draft))):
@@ -488,8 +488,10 @@ def compare(target, draft, prompts, max_new_tokens, k, seed, repeats=5, **option
             speed.append(stats.emitted / sum(stats.seconds.values()))
         speed_ups.append(speed[1] / speed[0])
         B, middle = len(prompt), prompt.shape[1] + max_new_tokens // 2
-        passes.append(median_seconds({name: one_pass(model, B, n, middle) for name, (model, n) in models.items()}, 7))
-    return *totals, speed_ups, {name: statistics.median(p[name] for p in passes) for name in models}
+        one, many, guess = one_pass(target, B, 1, middle), one_pass(target, B, k + 1, middle), one_pass(draft, B, 1, middle)
+        passes.append(median_seconds({"T1": one, "Tk": many, "D1": lambda: [guess() for _ in range(k)]}, 7))
+        passes[-1]["D1"] /= k
+    return *totals, speed_ups, {name: statistics.median(p[name] for p in passes) for name in passes[0]}
 
 
 def print_table(target, draft, prompts, max_new_tokens, k, temperatures, **options):
@@ -556,7 +558,8 @@ def check(target, draft, encoding, prompt, k, seed, n_samples=10_000, rows=500, 
     expected *= n_samples
 
     counts, agree = {}, True
-    print(f"{n_samples:,} samples of two tokens:   X2  cells  p-value     TV  TV by chance  seconds")
+    print(f"{n_samples:,} times the two tokens after {encoding.decode(prompt.tolist())!r}\n")
+    print(f"{'':24}{'X2':>9}  cells  p-value     TV  TV by chance  seconds")
     for name, drafter in (("plain decoding", None), (f"draft model, k={k}", ModelDrafter(draft))):
         counts[name], start = torch.zeros_like(expected), now()
         for batch in range(n_samples // rows):
@@ -570,7 +573,7 @@ def check(target, draft, encoding, prompt, k, seed, n_samples=10_000, rows=500, 
                 counts[name][one, two if one in likely else 0] += 1
         x2, cells, p, tv, chance = pearson(counts[name].flatten(), expected.flatten())
         agree &= p > level
-        print(f"  {name:22} {x2:9.1f} {cells:6} {p:8.2g} {tv:6.3f} {chance:13.3f} {now() - start:8.1f}")
+        print(f"  {name:22}{x2:9.1f} {cells:6} {p:8.2g} {tv:6.3f} {chance:13.3f} {now() - start:8.1f}")
 
     print("\nthe likeliest pairs: exact, plain, speculative")
     most = expected.max().item()
@@ -580,7 +583,9 @@ def check(target, draft, encoding, prompt, k, seed, n_samples=10_000, rows=500, 
         for label, count in ((name, expected), *(("", count) for count in counts.values())):
             count = count.flatten()[cell].item()
             print(f"{label:>20} {count / n_samples:6.2%} {'#' * round(50 * count / most)}")
-    print("\nboth follow the target's law" if agree else "\nMISMATCH: at least one does not follow the target's law")
+    print("\nX2 adds up the squared differences between counts and law; p-value: how often chance alone makes it larger;")
+    print("TV: the total variation between the two; cells: pairs of tokens, the rare ones pooled.")
+    print("both follow the target's law" if agree else "MISMATCH: at least one does not follow the target's law")
     return agree
 
 
@@ -597,14 +602,14 @@ def main(argv=None):
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster in plain decoding, by a short race")
     parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="the folder of large.pt and tiny.pt")
-    parser.add_argument("--check", action="store_true", help="sample both many times and compare with the exact law; exit 1 if one is off")
+    parser.add_argument("--check", action="store_true", help="sample many times, compare with the exact law, exit 1 if it is off")
     args = parser.parse_args(argv)
     try:
         if args.max_new_tokens < 1 or args.batch < 1:
             raise ValueError("--max-new-tokens and --batch must be at least 1")
         device, dtype = find_device(args.device), args.dtype and getattr(torch, args.dtype)
         target, draft, encoding = load_pair(args.checkpoints, device, dtype)
-        texts = PROMPTS if args.prompt is None else (args.prompt,)
+        texts = (args.prompt,) if args.prompt is not None else ("for i in ",) if args.check else PROMPTS
         prompts = [torch.tensor([encoding.encode_ordinary(text)] * args.batch, device=device) for text in texts]
         temperatures = (1.0, 0.0) if args.temperature is None else (args.temperature,)
         options = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
@@ -621,7 +626,7 @@ def main(argv=None):
     for name, model in (("large.pt, the target:", target), ("tiny.pt, the draft:", draft)):
         weights, c = sum(p.numel() for p in model.parameters()), model.config
         print(f"{name:21} {weights:10,} weights in {c.n_layer} x {c.n_embd}, {str(model.wte.weight.dtype)[6:]} on {device}")
-    print(f"\nThe prompt, then up to {args.max_new_tokens} new tokens, each marked by where it comes from:", end=" ")
+    print(f"\nThe prompt, then up to {args.max_new_tokens} new tokens, each marked by where it comes from:")
     story = rounds(target, prompts[0], args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0],
                    eos=encoding.eot_token, **options)  # fmt: skip
     stats = tell(story, encoding, texts[0])

@@ -22,11 +22,11 @@ def test_sizes(pair):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_the_draft_is_good(pair, temperature):
-    """A floor under alpha: a draft that is broken, or belongs to another target, stays right and gets slow."""
+    """A floor under alpha, which is near .6: a draft that is broken, or not distilled (.45), stays right and gets slow."""
     target, draft, encoding = pair
     prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1)
     stats = generate(target, prompt, 60, drafter=ModelDrafter(draft), k=4, temperature=temperature, seed=0).stats
-    assert stats.expected_acceptance_rate > 0.6
+    assert stats.expected_acceptance_rate > 0.52
 
 
 def test_greedy_text_is_the_targets(pair):
@@ -44,7 +44,7 @@ def test_greedy_text_is_the_targets(pair):
 def test_samples_follow_the_targets_own_law(pair, capsys):
     """--check with fewer samples: the first two tokens' joint law, for both ways of decoding."""
     target, draft, encoding = pair
-    prompt = torch.tensor(encoding.encode_ordinary(PROMPT))
+    prompt = torch.tensor(encoding.encode_ordinary("    return self."))
     assert check(target, draft, encoding, prompt, k=4, seed=1, n_samples=2000, level=FALSE_ALARM / N_P_VALUES)
     assert "both follow the target's law" in capsys.readouterr().out
 
@@ -59,6 +59,6 @@ def test_check_tells_a_wrong_rule(pair, capsys, monkeypatch):
 
     target, draft, encoding = pair
     monkeypatch.setitem(specdec.RULES, "rejection", wrong)
-    prompt = torch.tensor(encoding.encode_ordinary(PROMPT))
+    prompt = torch.tensor(encoding.encode_ordinary("import "))
     assert not check(target, draft, encoding, prompt, k=2, seed=1, n_samples=4000)
     assert "MISMATCH" in capsys.readouterr().out
