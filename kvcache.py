@@ -56,7 +56,7 @@ class KVCache:
         return positions, mask
 
     def write(self, layer, kv):
-        """Store keys and values, (2, B, n_head, T, head_dim), in the slots given by `extend`. Returns all: (2, B, n_head, S, head_dim)."""
+        """Store keys and values, (2, B, n_head, T, head_dim), where `extend` says. -> all of them, (2, B, n_head, S, head_dim)."""
         if self._new:
             self._new[layer].copy_(kv)
         else:

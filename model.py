@@ -100,11 +100,12 @@ class GPT(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, V) and the last hidden state (B, T, D), after ln_f.
 
         Without a cache the T tokens are the whole text. With one they follow what each row of the cache holds, and are added
-        to it. ValueError: more than block_size tokens without a cache, or more than the cache has room for.
+        to it. A cache longer than block_size has room for guesses there, but no positions of their own.
+        ValueError: more than block_size tokens without a cache, or more than the cache has room for.
         """
         if cache is None:
             if tokens.shape[1] > self.config.block_size:
-                raise ValueError(f"{tokens.shape[1]} tokens are more than the model's block_size of {self.config.block_size}")
+                raise ValueError(f"{tokens.shape[1]} tokens are more than the block_size, {self.config.block_size}")
             positions, mask = torch.arange(tokens.shape[1], device=tokens.device), None
         else:
             positions, mask = cache.extend(tokens.shape[1])
@@ -154,7 +155,8 @@ def load_checkpoint(path, device=None, dtype=None):
             model = GPT(GPTConfig(**content["config"]))
             model.load_state_dict(content["weights"])
             tokenizer = content["tokenizer"]
-            encoding = make_encoding(tokenizer["pattern"], {token.encode("latin-1"): i for i, token in enumerate(tokenizer["tokens"])})
+            ranks = {token.encode("latin-1"): i for i, token in enumerate(tokenizer["tokens"])}
+            encoding = make_encoding(tokenizer["pattern"], ranks)
             if encoding.n_vocab > model.config.vocab_size:
                 raise ValueError("more tokens than embeddings")
         except Exception as error:  # torch.load raises many kinds

@@ -502,7 +502,8 @@ def print_table(target, draft, prompts, max_new_tokens, k, temperatures, **optio
         tau = ours.emitted / ours.passes / len(prompts[0])  # a batch goes on until its slowest row has ended
         predicted = tau * t["T1"] / (t["Tk"] + k * t["D1"] + rest)
         low, median, high = statistics.quantiles(speed_ups, n=4)
-        columns = f"{median:.2f} ({low:.2f}-{high:.2f})  {predicted:9.2f}  {ours.acceptance_rate:.3f} {ours.expected_acceptance_rate:.3f}"
+        columns = f"{median:.2f} ({low:.2f}-{high:.2f})  {predicted:9.2f}"
+        columns += f"  {ours.acceptance_rate:.3f} {ours.expected_acceptance_rate:.3f}"
         print(f"temperature {temperature:g}" + " (greedy)" * (temperature == 0))
         for name, stats, columns in (("plain decoding", plain, f"{'1':41}"), (f"draft model, k={k}", ours, columns)):
             total = sum(stats.seconds.values())
@@ -536,7 +537,8 @@ def pearson(observed, expected):
     observed, expected = (torch.cat((x[:n_rare].sum()[None], x[n_rare:])) for x in (observed, expected))
     n, cells = expected.sum(), len(expected)
     x2 = torch.inf if impossible else ((observed - expected) ** 2 / expected).sum().item()
-    p = torch.special.gammaincc(torch.tensor((cells - 1) / 2).double(), torch.tensor(x2 / 2).double()).item() if cells > 1 else float(not impossible)
+    half = torch.tensor([(cells - 1) / 2, x2 / 2], dtype=torch.float64)
+    p = torch.special.gammaincc(*half).item() if cells > 1 else float(not impossible)
     tv = (observed - expected).abs().sum() / 2 / n
     chance = (expected * (1 - expected / n) / (2 * torch.pi)).clamp(min=0).sqrt().sum() / n  # E|normal deviation| / 2, summed
     return x2, cells, p, tv.item(), chance.item()

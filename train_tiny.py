@@ -10,7 +10,6 @@ acceptance rate at a position is 1 - TV = sum min(target_probs, draft_probs), so
 (DistillSpec, Zhou et al. 2023, arXiv 2310.08461).
 """
 
-import argparse
 import math
 import os
 import signal
@@ -21,7 +20,6 @@ import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.nn.functional as F
 from tiktoken._educational import bpe_train
@@ -157,7 +155,7 @@ class Run:
             except Exception as error:  # torch.load raises many kinds
                 raise ValueError(f"{self.path} is damaged: delete it") from error
             if state["settings"] != settings:
-                raise ValueError(f"{self.path} belongs to a run with other settings: finish that one, or delete the file")
+                raise ValueError(f"{self.path} belongs to a run with other settings: finish that, or delete the file")
             self.state = state
             print(f"going on from {self.path}")
 
@@ -189,8 +187,14 @@ class Run:
                 optimizer.load_state_dict(saved)
             generator.set_state(self.state["generator"].cpu())
 
-        interrupted = []  # Ctrl-C waits for the end of the step; a second one does not wait
-        signal.signal(signal.SIGINT, lambda *_: (interrupted.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+        interrupted = False
+
+        def interrupt(*_):  # Ctrl-C waits for the end of the step; a second one does not wait
+            nonlocal interrupted
+            interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGINT, interrupt)
         progress = Progress(stage, first, steps, self.preset.batch_size * self.preset.block_size)
         try:
             for step in range(first, steps):
@@ -211,11 +215,12 @@ class Run:
                     self.state |= {"optimizers": [o.state_dict() for o in optimizers], "generator": generator.get_state()}
                     self.save()
                 if interrupted:
-                    raise Interrupted(f"stopped after step {step + 1} of {steps} of {stage}; the same command goes on from there")
+                    raise Interrupted(f"stopped after step {step + 1} of {steps} of {stage}; the same command goes on there")
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             progress.close()
-        self.state["finished"][stage] = {name: weight.clone() for name, weight in model.state_dict().items()}  # distillation goes on with it
+        # A copy, since distillation goes on with the same model.
+        self.state["finished"][stage] = {name: weight.clone() for name, weight in model.state_dict().items()}
         self.save()
         return model
 
@@ -250,7 +255,7 @@ class Progress:
 
 
 def held_out_windows(tokens, block_size, most=128):
-    """Stretches of the held-out tokens, (B, block_size + 1) int64: evenly spaced, not overlapping, so from as many texts as can be."""
+    """Stretches of the held-out tokens, (B, block_size + 1) int64: not overlapping, and spaced evenly over all texts."""
     T = block_size + 1
     n = min(most, len(tokens) // T)
     start = torch.arange(n) * (len(tokens) - T) // max(1, n - 1)
@@ -320,7 +325,8 @@ def run(args):
     encoding = train_tokenizer(texts, preset.vocab_size, preset.sample)
     tokens, held_out = encode(encoding, texts), encode(encoding, held_out_texts)
     if min(len(tokens), len(held_out)) < 2 * (preset.block_size + 1):
-        raise ValueError(f"corpus too small: {len(tokens)} tokens to train on and {len(held_out)} held out; two windows of {preset.block_size + 1} are the least")
+        sizes = f"{len(tokens)} tokens to train on, {len(held_out)} held out"
+        raise ValueError(f"corpus too small: {sizes}; two windows of {preset.block_size + 1} are the least")
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     print(f"tokenizer: {encoding.n_vocab} tokens; {len(tokens):,} to train on, {len(held_out):,} held out", flush=True)
 
@@ -350,8 +356,9 @@ def run(args):
 
     for title, model in (("large", large), ("tiny", tiny)):
         print(f"held-out loss of {title}: {held_out_loss(model, windows, device, autocast):.3f} nats per token")
-    print(f"acceptance rate on held-out text: {before[0]:.3f} +- {before[1]:.3f} before distillation, {after[0]:.3f} +- {after[1]:.3f} after")
-    print(f"wrote {args.checkpoints / 'large.pt'} and {args.checkpoints / 'tiny.pt'} after {(time.perf_counter() - start) / 60:.1f} minutes")
+    alphas = " before distillation, ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in (before, after))
+    print(f"acceptance rate on held-out text: {alphas} after")
+    print(f"wrote large.pt and tiny.pt to {args.checkpoints} after {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 import specdec
 from conftest import make_gpt
-from model import GPT, GPTConfig, make_encoding, save_checkpoint
+from model import make_encoding, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 BYTES = {bytes([i]): i for i in range(256)}
