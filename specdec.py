@@ -414,10 +414,12 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None):
     """
     folder, device = Path(folder), find_device(device)
     if dtype is None:
-        both = {d: load_checkpoint(folder / "large.pt", device, d)[0] for d in (torch.float32, torch.bfloat16)}
-        seconds = median_seconds({d: one_pass(model, 1, 1, 64) for d, model in both.items()})
+        both = {d: load_checkpoint(folder / "large.pt", device, d) for d in (torch.float32, torch.bfloat16)}
+        seconds = median_seconds({d: one_pass(model, 1, 1, 64) for d, (model, _) in both.items()})
         dtype = min(seconds, key=seconds.get)
-    target, encoding = load_checkpoint(folder / "large.pt", device, dtype)
+        target, encoding = both[dtype]
+    else:
+        target, encoding = load_checkpoint(folder / "large.pt", device, dtype)
     draft, other = load_checkpoint(folder / "tiny.pt", device, dtype)
     if other._mergeable_ranks != encoding._mergeable_ranks or other._pat_str != encoding._pat_str:
         raise ValueError(f"large.pt and tiny.pt in {folder} have different tokenizers: their token ids do not mean the same")
