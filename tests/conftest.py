@@ -60,6 +60,9 @@ def target():
     return make_gpt(1)
 
 
-@pytest.fixture(scope="session")
-def draft():
-    return make_gpt(2, n_layer=1, n_embd=4)
+def wrong_rule(target_probs, draft_probs, draft_tokens, generator):
+    """BUGS B3: the correction comes from the target's law instead of the residual. A small error, which tests must see."""
+    import specdec
+
+    n_accepted, _ = specdec.verify(target_probs, draft_probs, draft_tokens, generator)
+    return n_accepted, specdec.categorical(target_probs[torch.arange(len(n_accepted)), n_accepted], generator)

@@ -1,6 +1,7 @@
 """Proof, part 2: what is sampled through the real loop, in large numbers, against the exact law and against plain decoding.
 
-All p-values of the suite share one budget of false alarms, FALSE_ALARM in conftest.py. What this file would miss is stated too: `visible_tv` is the total variation that one test detects with 99% probability.
+All p-values of the suite share one budget of false alarms, FALSE_ALARM in conftest.py. What this file would miss is stated
+too: `visible_tv` is the total variation that one test detects with 99% probability.
 """
 
 import itertools
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import specdec
-from conftest import FALSE_ALARM, N_P_VALUES, make_gpt
+from conftest import FALSE_ALARM, N_P_VALUES, make_gpt, wrong_rule
 from specdec import ModelDrafter, generate, pearson, to_probs
 
 LEVEL = FALSE_ALARM / N_P_VALUES
@@ -67,14 +68,7 @@ def test_speculation_and_plain_decoding_agree_with_each_other():
 
 
 def test_a_subtly_wrong_rule_is_caught(monkeypatch):
-    """BUGS B3, the correction drawn from the target's law instead of the residual: a small error, and these tests see it."""
-
-    def wrong(target_probs, draft_probs, draft_tokens, generator):
-        n_accepted, _ = specdec.verify(target_probs, draft_probs, draft_tokens, generator)
-        law = target_probs.gather(1, n_accepted[:, None, None].expand(-1, 1, V))[:, 0]
-        return n_accepted, specdec.categorical(law, generator)
-
-    monkeypatch.setitem(specdec.RULES, "wrong", wrong)
+    monkeypatch.setitem(specdec.RULES, "wrong", wrong_rule)
     counts, _ = sample(2, seed=5, rule="wrong")
     _, cells, p, tv, chance = pearson(counts, exact() * N)
     assert p < 1e-9 and tv > 3 * chance

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from conftest import FALSE_ALARM, N_P_VALUES
-from specdec import CHECKPOINTS, ModelDrafter, check, generate, load_pair
+from conftest import FALSE_ALARM, N_P_VALUES, wrong_rule
+from specdec import CHECKPOINTS, RULES, ModelDrafter, check, generate, load_pair
 
 PROMPT = "class Stack:\n    def __init__(self):\n"
 
@@ -22,11 +22,11 @@ def test_sizes(pair):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_the_draft_is_good(pair, temperature):
-    """A floor under alpha, which is near .6: a draft that is broken, or not distilled (.45), stays right and gets slow."""
+    """A floor under alpha, near .6: a draft that is broken, or not distilled (.50 to .53 here), stays right and gets slow."""
     target, draft, encoding = pair
     prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1)
     stats = generate(target, prompt, 60, drafter=ModelDrafter(draft), k=4, temperature=temperature, seed=0).stats
-    assert stats.expected_acceptance_rate > 0.52
+    assert stats.expected_acceptance_rate > 0.55
 
 
 def test_greedy_text_is_the_targets(pair):
@@ -50,15 +50,8 @@ def test_samples_follow_the_targets_own_law(pair, capsys):
 
 
 def test_check_tells_a_wrong_rule(pair, capsys, monkeypatch):
-    """A correction that comes from the target's law instead of the residual: --check says so."""
-    import specdec
-
-    def wrong(target_probs, draft_probs, draft_tokens, generator):
-        n_accepted, _ = specdec.verify(target_probs, draft_probs, draft_tokens, generator)
-        return n_accepted, specdec.categorical(target_probs[torch.arange(len(n_accepted)), n_accepted], generator)
-
     target, draft, encoding = pair
-    monkeypatch.setitem(specdec.RULES, "rejection", wrong)
+    monkeypatch.setitem(RULES, "rejection", wrong_rule)
     prompt = torch.tensor(encoding.encode_ordinary("import "))
     assert not check(target, draft, encoding, prompt, k=2, seed=1, n_samples=4000)
     assert "MISMATCH" in capsys.readouterr().out
