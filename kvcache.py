@@ -4,9 +4,11 @@ A transformer reads token t through the keys and values of tokens 0..t, and thos
 only ever appends to them. Speculative decoding also takes back: the guesses that the target rejected must disappear, and a
 batch loses a different number of them in each row. Hence the one idea of this file: memory is allocated once, each row has a
 `length`, and to forget is to make `length` smaller. What lies beyond it is stale, hidden by the mask, and overwritten later.
+A tree of guesses is read in one pass as well: then the mask says who is whose ancestor, and `keep` closes the gaps.
 """
 
 import torch
+import torch.nn.functional as F
 
 
 class KVCache:
@@ -28,12 +30,15 @@ class KVCache:
         # Row t is what position t may look at, as it is added to attention scores: 0 up to t, then -inf.
         self._causal = torch.full((max_length, max_length), -torch.inf, device=device, dtype=dtype).triu_(1)
 
-    def extend(self, T):
+    def extend(self, T, tree=None):
         """Give every row T more slots, to be filled by `write`.
 
         Returns positions, (T,) or (B, T), where the T tokens stand, and mask, (T, S) or (B, 1, T, S), to be added to the
         attention scores, S being the end of the longest row. Bottom-right aligned: the last of the T tokens sees its whole
         row. A mask of None: everything may be seen. ValueError: a row would outgrow max_length.
+
+        tree (T, M) bool, if the T tokens are the last of a tree of M, of which M - T are in the cache already: [t, m], whether
+        m is an ancestor of t, or t itself. Its position follows from the number of those, so siblings share one.
         """
         lengths = self.length.tolist()
         shortest, longest = min(lengths), max(lengths)
@@ -47,11 +52,18 @@ class KVCache:
             mask = None if T == 1 else self._causal[longest:S, :S]
         else:
             self._new = None
-            self._positions = positions = self.length[:, None] + self._slot[:T]
+            positions = self._slots = self.length[:, None] + self._slot[:T]
             mask = self._causal[positions, :S][:, None]
             # Hidden slots get weight 0, but 0 * NaN is NaN: whatever a shorter row has beyond its end becomes 0 as well.
             stale = self._slot[shortest + T : S] >= self.length[:, None] + T
             self._kv[..., shortest + T : S, :].masked_fill_(stale[:, None, :, None], 0)
+        if tree is not None:
+            M = tree.shape[1]
+            root = self.length[:, None] + T - M  # where the tree begins in each row: all before it is visible, nothing behind it
+            positions = root + tree.sum(1) - 1
+            visible = F.pad(F.pad(tree, (1, 0), value=True), (0, 1), value=False)
+            mask = self._causal.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+            mask = mask[:, (self._slot[:S] - root + 1).clamp(0, M + 1)].transpose(0, 1)[:, None]
         self.length = self.length + T
         return positions, mask
 
@@ -60,8 +72,14 @@ class KVCache:
         if self._new:
             self._new[layer].copy_(kv)
         else:
-            self._visible[layer][:, self._row, :, self._positions] = kv.permute(1, 3, 0, 2, 4)
+            self._visible[layer][:, self._row, :, self._slots] = kv.permute(1, 3, 0, 2, 4)
         return self._visible[layer]
+
+    def keep(self, start, path):
+        """Of what each row holds from slot `start` (B,) on, keep only the tokens start + path, (B, n) int64 ascending, in order."""
+        to = start[:, None] + self._slot[: path.shape[1]]
+        self._kv[:, :, self._row, :, to] = self._kv[:, :, self._row, :, start[:, None] + path]
+        self.length = start + path.shape[1]
 
     def rollback(self, length):
         """Forget everything from position `length` on: an int for all rows, or (B,) int64. Nothing is copied.

@@ -8,6 +8,8 @@ Letters in shapes: B rows, T new tokens, S tokens to look at, D = n_embd, V = vo
 """
 
 import os
+import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import tiktoken
@@ -96,11 +98,12 @@ class GPT(nn.Module):
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.02)
 
-    def forward(self, tokens, cache=None):
+    def forward(self, tokens, cache=None, tree=None):
         """tokens (B, T) int64 -> logits (B, T, V) and the last hidden state (B, T, D), after ln_f.
 
         Without a cache the T tokens are the whole text. With one they follow what each row of the cache holds, and are added
-        to it. A cache longer than block_size has room for guesses there, but no positions of their own.
+        to it. A cache longer than block_size has room for guesses there, but no positions of their own. tree: the T tokens
+        are nodes of a token tree, see `KVCache.extend`.
         ValueError: more than block_size tokens without a cache, or more than the cache has room for.
         """
         if cache is None:
@@ -108,7 +111,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{tokens.shape[1]} tokens are more than the block_size, {self.config.block_size}")
             positions, mask = torch.arange(tokens.shape[1], device=tokens.device), None
         else:
-            positions, mask = cache.extend(tokens.shape[1])
+            positions, mask = cache.extend(tokens.shape[1], tree)
             # A row of a batch that is about to end may be given guesses past block_size. Nobody reads what comes of them.
             positions = positions.clamp(max=self.config.block_size - 1)
         B, T = tokens.shape
@@ -124,6 +127,38 @@ class GPT(nn.Module):
         return KVCache(c.n_layer, batch_size, c.n_head, max_length or c.block_size, c.n_embd // c.n_head, weight.device, weight.dtype)
 
 
+class DraftHeads(nn.Module):
+    """Guesses from the target's own last hidden state: one residual cell, applied once per guess.
+
+        state_0 = the target's hidden state at the last token that it has read
+        state_i = LayerNorm(state_{i-1} + W2 gelu(W1 [state_{i-1}; embedding of the token before guess i])) -> law of guess i
+
+    Without the embedding (markov=False) the cell is blind: it guesses token i without knowing what i-1 became, as Medusa's
+    residual heads do (Cai et al. 2024, arXiv 2401.10774). With it, guesses follow from each other, the idea of DSpark's Markov
+    head (arXiv 2607.05147) and of Hydra (Ankner et al. 2024, arXiv 2402.05109). One cell serves every position, so k is free.
+    """
+
+    def __init__(self, vocab_size, n_embd, n_hidden, markov=True):
+        super().__init__()
+        self.wte = nn.Embedding(vocab_size, n_embd) if markov else None
+        self.c_fc = Conv1D((1 + markov) * n_embd, n_hidden)
+        self.c_proj = Conv1D(n_hidden, n_embd)
+        self.ln = nn.LayerNorm(n_embd)
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.confidence = nn.Linear(n_embd, 1)
+
+    def forward(self, state, tokens):
+        """state (B, T, D), and the token that follows each, (B, T) int64 -> logits of the token after that, next state."""
+        x = state if self.wte is None else torch.cat((state, self.wte(tokens)), -1)
+        x = self.c_proj(F.gelu(self.c_fc(x.flatten(0, 1)), approximate="tanh"))
+        state = self.ln(state + x.view_as(state))
+        return self.lm_head(state), state
+
+    def acceptance(self, state):
+        """The chance that a guess drawn from this state's law will be accepted, as learnt: (B, T, D) -> (B, T)."""
+        return self.confidence(state)[..., 0].sigmoid()
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------------
 
 
@@ -135,13 +170,8 @@ def make_encoding(pattern, ranks):
 def save_checkpoint(path, model, encoding):
     """Write config, weights in bfloat16, and tokenizer to one file, which appears complete or not at all."""
     ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
-    content = {
-        "config": asdict(model.config),
-        "weights": {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()},
-        "tokenizer": {"pattern": encoding._pat_str, "tokens": [token.decode("latin-1") for token in ranks]},
-    }
-    torch.save(content, f"{path}.new")
-    os.replace(f"{path}.new", path)
+    tokenizer = {"pattern": encoding._pat_str, "tokens": [token.decode("latin-1") for token in ranks]}
+    _save(path, {"config": asdict(model.config), "weights": _half(model), "tokenizer": tokenizer})
 
 
 def load_checkpoint(path, device=None, dtype=None):
@@ -149,16 +179,58 @@ def load_checkpoint(path, device=None, dtype=None):
 
     OSError: no such file. ValueError: not a checkpoint of this project, or damaged.
     """
+    with _load(path) as content:
+        model = GPT(GPTConfig(**content["config"]))
+        model.load_state_dict(content["weights"])
+        tokenizer = content["tokenizer"]
+        ranks = {token.encode("latin-1"): i for i, token in enumerate(tokenizer["tokens"])}
+        encoding = make_encoding(tokenizer["pattern"], ranks)
+        if encoding.n_vocab > model.config.vocab_size:
+            raise ValueError("more tokens than embeddings")
+    return model.to(device=device, dtype=dtype or torch.float32).eval(), encoding
+
+
+def save_heads(path, target, markov, blind):
+    """Write both kinds of draft heads, and whose they are, to one file."""
+    _save(path, {"target": fingerprint(target), "markov": _half(markov), "blind": _half(blind)})
+
+
+def load_heads(path, target):
+    """-> the two DraftHeads, told and not told the token before, where and in what dtype the target is.
+
+    OSError: no such file. ValueError: damaged, or trained on another target, whose hidden states mean something else.
+    """
+    heads = []
+    with _load(path) as content:
+        for kind in ("markov", "blind"):
+            V, D = content[kind]["lm_head.weight"].shape
+            heads.append(DraftHeads(V, D, content[kind]["c_fc.bias"].shape[0], markov=kind == "markov"))
+            heads[-1].load_state_dict(content[kind])
+        whose = content["target"]
+    if whose != fingerprint(target):
+        raise ValueError(f"the heads in {path} belong to another target; `python train_tiny.py --distill` trains new ones")
+    return [h.to(target.wte.weight).eval() for h in heads]
+
+
+def fingerprint(model):
+    """A number that tells one trained model from another, the same in float32 and in bfloat16."""
+    return zlib.crc32(model.wte.weight.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+
+
+def _half(module):
+    return {name: weight.to(torch.bfloat16) for name, weight in module.state_dict().items()}
+
+
+def _save(path, content):
+    torch.save(content, f"{path}.new")
+    os.replace(f"{path}.new", path)
+
+
+@contextmanager
+def _load(path):
+    """The content of a file, for a block that makes something of it; whatever goes wrong is told in one line."""
     with open(path, "rb") as file:
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            model = GPT(GPTConfig(**content["config"]))
-            model.load_state_dict(content["weights"])
-            tokenizer = content["tokenizer"]
-            ranks = {token.encode("latin-1"): i for i, token in enumerate(tokenizer["tokens"])}
-            encoding = make_encoding(tokenizer["pattern"], ranks)
-            if encoding.n_vocab > model.config.vocab_size:
-                raise ValueError("more tokens than embeddings")
+            yield torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds
             raise ValueError(f"{path} is damaged, or not a checkpoint of this project ({type(error).__name__})") from error
-    return model.to(device=device, dtype=dtype or torch.float32).eval(), encoding

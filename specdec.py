@@ -21,19 +21,20 @@ Letters in shapes: B rows of a batch, k guesses, V = vocab_size.
 
 import argparse
 import codecs
+import functools
 import os
 import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from model import load_checkpoint
+from model import load_checkpoint, load_heads
 
 # -- sampling ----------------------------------------------------------------------------------------------------------------
 
@@ -72,16 +73,33 @@ def bernoulli(probs, generator=None):
     return torch.rand(probs.shape, generator=generator, device=probs.device, dtype=probs.dtype) < probs
 
 
-def categorical(probs, generator=None):
+def categorical(probs, generator=None, ahead=0):
     """One token per law: (..., V) -> (...) int64.
 
     A race: token v arrives at time Exponential(1) / probs[v], where Exponential(1) = -log u, and the first to arrive is v with
     exactly probability probs[v]. (torch.multinomial runs the same race, more slowly.)
+    ahead: how many tokens lie between the newest one and this one. Only `Noise` asks, which then takes the generator's place.
     """
+    if isinstance(generator, Noise):
+        return (probs / generator.log_u(ahead)).argmin(-1)
     # float64: among many rare tokens the winner's u is close to 1, where float32 has few numbers. Clamped for u = 0: p / -inf
     # is 0, and would put a token level with the impossible ones.
     log_u = torch.rand(probs.shape, generator=generator, device=probs.device, dtype=torch.float64).log_()
     return (probs / log_u.clamp_(min=-1e3)).argmin(-1)
+
+
+class Noise:
+    """For the coupled rule: races whose u depend on nothing but seed, row, position and token, whoever runs them, however often."""
+
+    def __init__(self, generator, B, max_length, V):
+        self.table = torch.rand(max_length, B, V, generator=generator, device=generator.device, dtype=torch.float64).log_().clamp_(min=-1e3)
+        self.here = None  # (B,) the position of the token after the newest one: kept up to date by the loop
+        self.row = torch.arange(B, device=generator.device)
+
+    def log_u(self, ahead):
+        """(B, V) for the token at position here + ahead; for ahead (n,), the n of them: (B, n, V)."""
+        position, row = (self.here + ahead, self.row) if isinstance(ahead, int) else (self.here[:, None] + ahead, self.row[:, None])
+        return self.table[position.clamp(max=len(self.table) - 1), row]  # what is behind the end is not emitted
 
 
 # -- plain decoding ----------------------------------------------------------------------------------------------------------
@@ -89,14 +107,18 @@ def categorical(probs, generator=None):
 
 @dataclass
 class Round:
-    """What one pass of the target came to, in each of B rows. Plain decoding is the case of no guesses."""
+    """What one pass of the target came to, in each of B rows. Plain decoding is the case of no guesses, k = 0.
+
+    Of a token tree, only the path that was accepted, and one more level, is told here.
+    """
 
     tokens: torch.Tensor  # (B, k+1) int64: accepted guesses, then the rule's own token; the rest has no meaning
     n_new: torch.Tensor  # (B,) how many of them are output: 0 in a row that has ended
     n_accepted: torch.Tensor  # (B,) how many guesses the rule accepted, before output was cut at EOS or at the budget
     target_probs: torch.Tensor  # (B, k+1, V)
     draft_probs: torch.Tensor  # (B, k, V); a row of zeros is no guess
-    seconds: dict  # spent in passes of the draft, in passes of the target ("verify"), and on the "rest"
+    seconds: dict  # spent in passes of the drafter, in passes of the target ("verify"), and on the "rest"
+    size: int = 1  # tokens per row in the target's pass
 
     @property
     def n_guessed(self):
@@ -111,12 +133,14 @@ def plain_rounds(target, prompt, max_new_tokens, law, eos, generator):
     cache = target.new_cache(B, T + max_new_tokens)
     target(prompt[:, :-1], cache)
     token, going = prompt[:, -1:], torch.ones_like(prompt[:, 0])
-    for _ in range(max_new_tokens):
+    for i in range(max_new_tokens):
         start = now()
+        if isinstance(generator, Noise):
+            generator.here = going.new_full((B,), T + i)
         logits, _ = target(token, cache)
         passed = now()
         probs = law(logits)
-        token = categorical(probs, generator)
+        token = categorical(probs[:, 0], generator)[:, None]
         seconds = {"draft": 0.0, "verify": passed - start, "rest": now() - passed}
         yield Round(token, going, torch.zeros_like(going), probs, probs[:, :0], seconds)
         if eos is not None:
@@ -132,14 +156,13 @@ def now():
     return time.perf_counter()
 
 
-# -- the rule ----------------------------------------------------------------------------------------------------------------
+# -- the rules ---------------------------------------------------------------------------------------------------------------
+# target_probs (B, k+1, V), draft_probs (B, k, V), draft_tokens (B, k) int64 -> n_accepted (B,), next_token (B,), int64.
+# draft_probs[b, i] must be the law that draft_tokens[b, i] was drawn from. A row of zeros there means: no guess from here on.
 
 
 def verify(target_probs, draft_probs, draft_tokens, generator=None):
-    """Judge k guesses by rejection sampling: Leviathan et al. 2022, Algorithm 1.
-
-    target_probs (B, k+1, V), draft_probs (B, k, V), draft_tokens (B, k) int64 -> n_accepted (B,), next_token (B,), int64.
-    draft_probs[b, i] must be the law that draft_tokens[b, i] was drawn from. A row of zeros there means: no guess from here on.
+    """Judge k guesses by rejection sampling: Leviathan et al. 2022, Algorithm 1. Shapes: above.
 
     Worked by hand, for two tokens, one guess, target law (.7, .3) and draft law (.5, .5):
         token 0 is guessed half of the time, and always kept, since .7 / .5 > 1: the output is 0 with probability .5;
@@ -147,68 +170,322 @@ def verify(target_probs, draft_probs, draft_tokens, generator=None):
         else, with probability .5 * .4 = .2, the residual max(0, target - draft) = (.2, 0), scaled to (1, 0), gives token 0.
         Together (.5 + .2, .3) = (.7, .3): the target's law. The guess is kept with probability .8 = min(.7,.5) + min(.3,.5).
     """
-    guess = draft_tokens[..., None]
-    target_x, draft_x = target_probs[:, :-1].gather(-1, guess)[..., 0], draft_probs.gather(-1, guess)[..., 0]
-    # Keep x_i with probability min(1, target / draft). No guess (draft_x = 0), or a broken one (NaN), is never kept.
-    kept = bernoulli(torch.where(draft_x > 0, target_x / draft_x, 0).clamp_(max=1), generator)
-    n_accepted = kept.cumprod(-1).sum(-1)  # up to the first rejection
+    # Keep x_i with probability min(1, target / draft), up to the first rejection.
+    kept = bernoulli(ratio(target_probs[:, :-1], draft_probs, draft_tokens).clamp(max=1), generator)
+    n_accepted = kept.cumprod(-1).sum(-1)
+    # Then the residual there. Behind the last guess nothing is subtracted: with a draft law of zeros, the bonus is no special case.
+    row, draft_probs = torch.arange(len(draft_tokens), device=draft_tokens.device), F.pad(draft_probs, (0, 0, 0, 1))
+    return n_accepted, categorical(residual(target_probs[row, n_accepted], draft_probs[row, n_accepted]), generator)
 
-    # The residual at the first rejection. Behind the last guess nothing is subtracted: there it is the law of the bonus token.
-    residual = target_probs.clone()
-    residual[:, :-1] -= draft_probs
-    at = n_accepted[:, None, None].expand(-1, 1, target_probs.shape[-1])
-    residual = residual.gather(1, at)[:, 0].clamp_(min=0)
-    mass = residual.sum(-1, keepdim=True)
+
+def ratio(target_probs, draft_probs, tokens):
+    """target / draft at the tokens: laws (..., V), tokens (...). 0 where there was no guess, or a broken one (NaN)."""
+    target_x, draft_x = (probs.gather(-1, tokens[..., None])[..., 0] for probs in (target_probs, draft_probs))
+    return torch.where(draft_x > 0, target_x / draft_x, 0)
+
+
+def residual(target_probs, draft_probs):
+    """norm(max(0, target - draft)), (..., V): what the target has and the draft did not offer."""
+    left = (target_probs - draft_probs).clamp_(min=0)
+    mass = left.sum(-1, keepdim=True)
     # No mass (or NaN, which is not > 0 either): the laws are equal up to rounding, and any of their tokens is right.
-    law = torch.where(mass > 0, residual / mass, target_probs.gather(1, at)[:, 0])
-    return n_accepted, categorical(law, generator)
+    return torch.where(mass > 0, left / mass, target_probs)
 
 
-RULES = {"rejection": verify}
+def verify_block(target_probs, draft_probs, draft_tokens, generator=None):
+    """Judge the k guesses as one block: Sun et al. 2024 (arXiv 2403.10444), Algorithm 2. Never keeps fewer than `verify` on average.
 
-# -- the drafter -------------------------------------------------------------------------------------------------------------
+    A guess that the target likes more than the draft does (ratio > 1) makes up for an earlier one that it likes less.
+    """
+    ratios = ratio(target_probs[:, :-1], draft_probs, draft_tokens)
+    weights = [torch.ones_like(target_probs[:, 0, 0])]
+    for r in ratios.unbind(1):
+        weights.append((weights[-1] * r).clamp(max=1))
+    weight = torch.stack(weights, 1)  # (B, k+1): w_0 .. w_k
+    draft_probs = F.pad(draft_probs.nan_to_num(0), (0, 0, 0, 1))  # no guess, or a broken one: then h_i = w_i, as for i = k
+    weighted = weight[..., None] * target_probs
+    mass = (weighted - draft_probs).clamp_(min=0).sum(-1)  # Z_i, (B, k+1)
+    h = torch.where(mass + 1 - weight > 0, mass / (mass + 1 - weight), 1)
+    kept = F.pad(bernoulli(h[:, 1:], generator), (1, 0), value=True)
+    n_accepted = (kept * torch.arange(len(weights), device=kept.device)).amax(1)  # the *last* one kept, whatever came before it
+    row = torch.arange(len(kept), device=kept.device)
+    return n_accepted, categorical(residual(weighted[row, n_accepted], draft_probs[row, n_accepted]), generator)
 
 
-class ModelDrafter:
-    """Guesses with a small GPT of the same vocabulary, token by token. A drafter is anything with these methods and `seconds`."""
+def verify_coupled(target_probs, draft_probs, draft_tokens, noise=None):
+    """The target's own draws, kept as long as they are what was guessed: Daliri, Musco, Suresh 2024 (arXiv 2408.07978).
 
-    def __init__(self, model):
-        self.model = model
-        self.seconds = 0.0  # spent in the model's forward passes
+    Drafter and target run the same races (`Noise`), so mostly the same token wins. What is emitted is what plain decoding
+    emits with this seed, token for token: the guesses decide only how much of it one pass yields.
+    """
+    k = draft_tokens.shape[1]
+    own = categorical(target_probs, noise, torch.arange(k + 1, device=draft_tokens.device))
+    kept = (own[:, :k] == draft_tokens) & (draft_probs != 0).any(-1)
+    n_accepted = kept.cumprod(-1).sum(-1)
+    return n_accepted, own.gather(1, n_accepted[:, None])[:, 0]
+
+
+def accept_typical_lossy(target_probs, draft_probs, draft_tokens, generator=None):
+    """NOT exact, for contrast: Medusa's typical acceptance (arXiv 2401.10774). Keep whatever is not too unlikely: target > min(.09, .3 e^-H)."""
+    entropy = torch.special.entr(target_probs[:, :-1]).sum(-1)
+    target_x = target_probs[:, :-1].gather(-1, draft_tokens[..., None])[..., 0]
+    kept = (target_x > (0.3 * (-entropy).exp()).clamp(max=0.09)) & (draft_probs != 0).any(-1)
+    n_accepted = kept.cumprod(-1).sum(-1)
+    row = torch.arange(len(n_accepted), device=n_accepted.device)
+    return n_accepted, categorical(target_probs[row, n_accepted], generator)
+
+
+RULES = {"rejection": verify, "block": verify_block, "coupled": verify_coupled, "lossy-typical": accept_typical_lossy}
+
+
+def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None):
+    """Judge a tree of guesses by recursive rejection: SpecInfer, Miao et al. 2023 (arXiv 2305.09781); without replacement, Jeon
+    et al. 2024 (arXiv 2402.14160).
+
+    Nodes in breadth-first order, 0 being the newest token: target_probs (B, N+1, V) after each, draft_probs (B, N, V) and
+    draft_tokens (B, N) of nodes 1..N. widths: children per node at each level. draft_probs must be the law that the node was
+    drawn from *given its elder siblings*. -> n_accepted (B,), next_token (B,), and the path, (B, len(widths) + 1) int64: the
+    accepted nodes from node 0 on; behind the last, any.
+    """
+    row = torch.arange(len(draft_tokens), device=draft_tokens.device)
+    path = [torch.zeros_like(row)]
+    law, going, first, n_level = target_probs[:, 0], torch.ones_like(row, dtype=torch.bool), 1, 1
+    n_accepted = torch.zeros_like(row)
+    for width in widths:
+        eldest = first + (path[-1] - (first - n_level)) * width
+        node, left = eldest, going
+        for child in range(width):
+            x = eldest + child
+            keep = ratio(law, draft_probs[row, x - 1], draft_tokens[row, x - 1]).clamp(max=1)
+            kept = bernoulli(torch.where(left, keep, 0), generator)
+            # Not this one: what is left of the target's law is judged against the next sibling's.
+            law = torch.where((left & ~kept)[:, None], residual(law, draft_probs[row, x - 1]), law)
+            node, left = torch.where(kept, x, node), left & ~kept
+        going = going & ~left
+        law = torch.where(going[:, None], target_probs[row, node], law)
+        n_accepted += going
+        path.append(node)
+        first, n_level = first + n_level * width, n_level * width
+    return n_accepted, categorical(law, generator), torch.stack(path, 1)
+
+
+# -- the drafters ------------------------------------------------------------------------------------------------------------
+
+
+class Drafter:
+    """What the loop asks of a drafter: check, start, propose, commit. Most know one token's law at a time, and share `propose`.
+
+    Such a one has `begin(text, length)`: logits (B, 1, V) after the newest token; and `step(tokens, tree)`: after the tokens
+    just guessed, (B, n) -> (B, n, V).
+    """
+
+    seconds = 0.0  # spent in passes
+    extra = 0  # guesses in a round beyond k
+    tree = None  # of this round's guesses, (N+1, N+1), see `ancestors`; None: they are a chain
 
     def check(self, target, length):
         """ValueError, unless guesses for this target, in texts of up to `length` tokens, are possible."""
+        self.vocab_size = target.config.vocab_size
+
+    def start(self, prompt, max_length, hidden):
+        """Read prompt (B, T) but for its newest token. hidden (B, D): the target's state there."""
+
+    def propose(self, text, length, k, law, generator):
+        """Guess up to k tokens after the first `length` (B,) tokens of each row of text: draft_tokens (B, k), draft_probs (B, k, V)."""
+        tokens, probs = [text[:, :0]], []
+        while len(probs) < k:
+            logits = self.timed(self.step, tokens[-1]) if probs else self.timed(self.begin, text, length)
+            if not self.go_on(len(probs)):
+                break
+            probs.append(law(logits[:, -1]))
+            tokens.append(categorical(probs[-1], generator, len(probs) - 1)[:, None])
+        return torch.cat(tokens, 1), torch.stack(probs, 1) if probs else torch.zeros(len(text), 0, self.vocab_size, device=text.device)
+
+    def go_on(self, n):
+        """Whether to guess another token after n. Those n may decide it, the token in question may not: that would bend the law."""
+        return True
+
+    def timed(self, call, *args):
+        start = now()
+        out = call(*args)
+        self.seconds += now() - start
+        return out
+
+    def keep(self, start, path):
+        """Of a tree whose root is at slot `start` (B,) keep the nodes on `path` (B, n)."""
+
+    def commit(self, length, hidden):
+        """Forget what is not among the first `length` (B,) tokens. hidden (B, D): the target's state at the last of them."""
+
+
+class ModelDrafter(Drafter):
+    """Guesses with a small GPT of the same vocabulary."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def check(self, target, length):
+        super().check(target, length)
         if self.model.config.vocab_size != target.config.vocab_size:
             raise ValueError(f"the draft knows {self.model.config.vocab_size} tokens, the target {target.config.vocab_size}")
         if length > self.model.config.block_size:
             raise ValueError(f"prompt and budget are {length} tokens; the draft's block_size is {self.model.config.block_size}")
 
-    def start(self, prompt, max_length):
-        """Read prompt (B, T) but for its newest token."""
+    def start(self, prompt, max_length, hidden):
         self.cache = self.model.new_cache(len(prompt), max_length)
         self.model(prompt[:, :-1], self.cache)
 
-    def propose(self, text, length, k, law, generator):
-        """Guess k tokens after the first `length` (B,) tokens of each row of text: draft_tokens (B, k), draft_probs (B, k, V)."""
+    def begin(self, text, length):
         # Feed whatever the cache lacks: the newest token, and the last guess of the round before if all were accepted, since
         # nobody has read that one yet. Where another row lacks more than this one, the difference is read again.
         lacking = (length - self.cache.length).max().item()
         self.cache.rollback(length - lacking)
         tokens = text.gather(1, (length - lacking)[:, None] + torch.arange(lacking, device=text.device))
-        draft_tokens, draft_probs = [text[:, :0]], []
-        for _ in range(k):
-            start = now()
-            logits, _ = self.model(tokens, self.cache)
-            self.seconds += now() - start
-            draft_probs.append(law(logits[:, -1]))
-            tokens = categorical(draft_probs[-1], generator)[:, None]
-            draft_tokens.append(tokens)
-        probs = torch.stack(draft_probs, 1) if k else torch.zeros(len(text), 0, self.model.config.vocab_size, device=text.device)
-        return torch.cat(draft_tokens, 1), probs
+        return self.model(tokens, self.cache)[0][:, -1:]
 
-    def rollback(self, length):
-        """Forget what is not among the first `length` (B,) tokens."""
+    def step(self, tokens, tree=None):
+        return self.model(tokens, self.cache, tree)[0]
+
+    def keep(self, start, path):
+        self.cache.keep(start, path)
+
+    def commit(self, length, hidden):
         self.cache.rollback(torch.minimum(length, self.cache.length))
+
+
+class NGramDrafter(Drafter):
+    """Guesses what followed the last few tokens when they stood in the text before: prompt lookup, Saxena 2023. No model at all.
+
+    The longest match wins, of up to max_n tokens, and of these the latest; where there is none, there is no guess. Its law is
+    certainty, so a guess x is accepted with probability target(x), and the residual is the target's law without x.
+    """
+
+    def __init__(self, max_n=3):
+        if max_n < 1:
+            raise ValueError(f"max_n is {max_n}; it must be at least 1")
+        self.max_n = max_n
+
+    def propose(self, text, length, k, law, generator):
+        start = now()
+        behind = torch.zeros_like(length)  # where the longest, latest match so far ends
+        for n in range(1, self.max_n + 1):
+            last = text.gather(1, (length[:, None] - n + torch.arange(n, device=text.device)).clamp(min=0))
+            windows = text.unfold(1, n, 1)  # (B, L - n + 1, n)
+            end = torch.arange(n, text.shape[1] + 1, device=text.device)  # of each window; it must end before the text does
+            match = (windows == last[:, None]).all(-1) & (end < length[:, None])
+            behind = torch.where(match.any(1), (match * end).amax(1), behind)
+        found = (behind > 0)[:, None]
+        k = k if found.any() else 0
+        # What follows may reach the end of the text; then it goes on as a loop would.
+        step = torch.arange(k, device=text.device)[None] % (length - behind)[:, None]
+        tokens = text.gather(1, behind[:, None] + step) * found
+        probs = F.one_hot(tokens, self.vocab_size) * found[..., None]
+        self.seconds += now() - start
+        return tokens, probs.float()
+
+
+class HeadsDrafter(Drafter):
+    """Guesses from the target's own hidden state with its `DraftHeads`: no second model, no second cache.
+
+    times: the seconds that the target's pass takes over 1, 2, .. tokens. With them the number of guesses follows the heads'
+    own confidence, as in DSpark (arXiv 2607.05147): stop where (1 + a_1 + a_1 a_2 + ..) / time stops growing.
+    """
+
+    def __init__(self, heads, times=None):
+        self.heads, self.times = heads, times
+
+    def check(self, target, length):
+        super().check(target, length)
+        if self.heads.lm_head.weight.shape != target.wte.weight.shape:
+            raise ValueError("the heads belong to a target of another shape")
+
+    def start(self, prompt, max_length, hidden):
+        self.hidden = hidden
+
+    def begin(self, text, length):
+        self.state = self.hidden[:, None]
+        self.survival = self.expected = torch.ones_like(self.hidden[:, 0])
+        return self.step(text.gather(1, length[:, None] - 1))
+
+    def step(self, tokens, tree=None):
+        state = self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)
+        logits, self.state = self.heads(state, tokens)
+        return logits
+
+    def go_on(self, n):
+        if self.times is None:
+            return True
+        # Rows of a batch share a pass, so they decide together; each by what it has guessed already.
+        self.survival = self.survival * self.heads.acceptance(self.state)[:, 0]  # a_1 .. a_(n+1)
+        before, self.expected = self.expected, self.expected + self.survival
+        return n + 1 < len(self.times) and (self.expected.sum() / self.times[n + 1] > before.sum() / self.times[n]).item()
+
+    def commit(self, length, hidden):
+        self.hidden = hidden
+
+
+class TreeDrafter(Drafter):
+    """A tree of guesses instead of a chain, by any drafter that knows a token's law: widths[i] children of every node at level i.
+
+    Siblings are drawn without replacement. Where a law has no mass left for another child, as at temperature 0 after the
+    first, the best untried token follows with certainty; top=True does that from the first child on.
+    """
+
+    def __init__(self, drafter, widths, top=False):
+        self.drafter, self.shape, self.top = drafter, tuple(widths), top
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(f"the widths of a tree are {','.join(map(str, widths)) or 'missing'}; each must be at least 1")
+        self.extra = len(ancestors(self.shape, "cpu")) - 1
+
+    def check(self, target, length):
+        super().check(target, length)
+        self.drafter.check(target, length)
+
+    def start(self, *args):
+        self.drafter.start(*args)
+
+    def keep(self, start, path):
+        self.drafter.keep(start, path[:, :-1])  # nobody has read the last level
+
+    def commit(self, *args):
+        self.drafter.commit(*args)
+
+    def propose(self, text, length, k, law, generator):
+        self.widths = self.shape[:k]
+        self.tree = ancestors(self.widths, text.device) if k else None
+        if k == 0:
+            return super().propose(text, length, 0, law, generator)
+        logits, before, tokens, laws = self.timed(self.drafter.begin, text, length), 1, [], []
+        for level, width in enumerate(self.widths):
+            if level:
+                end = before + tokens[-1].shape[1]
+                logits, before = self.timed(self.drafter.step, tokens[-1], self.tree[before:end, 1:end]), end
+            probs = torch.zeros_like(law(logits)) if self.top else law(logits)
+            children = []
+            for _ in range(width):
+                mass = probs.sum(-1, keepdim=True)
+                best = torch.zeros_like(probs).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+                sibling = torch.where(mass > 0, probs / mass, best)
+                token = categorical(sibling, generator)[..., None]
+                probs, logits = probs.scatter(-1, token, 0), logits.scatter(-1, token, -torch.inf)
+                children.append((token, sibling))
+            tokens.append(torch.cat([token for token, _ in children], -1).flatten(1))
+            laws.append(torch.stack([sibling for _, sibling in children], 2).flatten(1, 2))
+        return torch.cat(tokens, 1), torch.cat(laws, 1)
+
+
+@functools.cache
+def ancestors(widths, device):
+    """(N+1, N+1) bool: [i, j], whether node j of a tree is an ancestor of node i, or i itself. Node 0 is the root."""
+    parents, level = [], [0]
+    for width in widths:
+        new = [parent for parent in level for _ in range(width)]
+        level = range(len(parents) + 1, len(parents) + 1 + len(new))
+        parents += new
+    tree = torch.eye(len(parents) + 1, dtype=torch.bool)
+    for node, parent in enumerate(parents, 1):
+        tree[node] |= tree[parent]
+    return tree.to(device)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------------
@@ -219,34 +496,44 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
     """Decode with any drafter and any rule. Rows of a batch go at their own pace; a row that has ended has no room left.
 
     After each round both caches hold prompt and output but for the newest token, and nothing else can be seen.
+    k: an int, or something that chooses one before each round, like `AutoK`.
     """
     B, T = prompt.shape
-    text = F.pad(prompt, (0, max_new_tokens + k + 1))  # output is written here, with room for guesses that are not kept
+    text = F.pad(prompt, (0, max_new_tokens + k.most + 1))  # output is written here, with room for guesses that are not kept
     length = torch.full((B,), T, device=prompt.device)  # of the text in each row
     end = length + max_new_tokens  # where it will stop
-    step = torch.arange(k + 1, device=prompt.device)[None]
-    cache = target.new_cache(B, text.shape[1])
-    target(prompt[:, :-1], cache)
-    drafter.start(prompt, text.shape[1])
+    step, row = torch.arange(k.most + 1, device=prompt.device)[None], torch.arange(B, device=prompt.device)[:, None]
+    cache = target.new_cache(B, text.shape[1] + drafter.extra)
+    _, hidden = target(prompt[:, :-1], cache)
+    drafter.start(prompt, text.shape[1] + drafter.extra, F.pad(hidden, (0, 0, 1, 0))[:, -1])  # zeros where nothing was read yet
 
     while (most := (room := end - length).max().item()) > 0:
         start, drafting = now(), drafter.seconds
-        n = min(k, most - 1)  # the rule adds one token, so no row has room for more guesses
+        if isinstance(generator, Noise):
+            generator.here = length
 
-        # 1. Guess.
-        draft_tokens, draft_probs = drafter.propose(text, length, n, law, generator)
+        # 1. Guess. The rule adds one token, so no row has room for more than most - 1 guesses.
+        draft_tokens, draft_probs = drafter.propose(text, length, min(k.choose(), most - 1), law, generator)
 
         # 2. Score: target_probs[:, i] is the law after guess i; at 0, after the newest token.
         tokens = torch.cat((text.gather(1, length[:, None] - 1), draft_tokens), 1)
         ready = now()
-        logits, _ = target(tokens, cache)
+        logits, hidden = target(tokens, cache, drafter.tree)
         scored = now()
         target_probs = law(logits)
 
-        # 3. Judge.
-        n_accepted, next_token = rule(target_probs, draft_probs, draft_tokens, generator)
+        # 3. Judge. Of a tree, go on with the path that was accepted.
+        if drafter.tree is None:
+            n_accepted, next_token = rule(target_probs, draft_probs, draft_tokens, generator)
+        else:
+            n_accepted, next_token, path = verify_tree(target_probs, draft_probs, draft_tokens, drafter.widths, generator)
+            cache.keep(length - 1, path)
+            drafter.keep(length - 1, path)
+            draft_tokens, draft_probs = draft_tokens[row, path[:, 1:] - 1], draft_probs[row, path[:, 1:] - 1]
+            target_probs, hidden = target_probs[row, path], hidden[row, path]
 
         # 4. Commit up to the budget, or to the first EOS, and forget the rest.
+        n, size = draft_tokens.shape[1], tokens.shape[1]
         tokens = torch.cat((draft_tokens, next_token[:, None]), 1).scatter_(1, n_accepted[:, None], next_token[:, None])
         n_new = torch.minimum(n_accepted + 1, room)
         if eos is not None:
@@ -257,11 +544,13 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         text.scatter_(1, length[:, None] + step[:, : n + 1], tokens)
         length = length + n_new
         cache.rollback(length - 1)
-        drafter.rollback(length - 1)
+        drafter.commit(length - 1, hidden[row[:, 0], (n_new - 1).clamp(min=0)])
 
         seconds = {"draft": drafter.seconds - drafting, "verify": scored - ready}
         seconds["rest"] = now() - start - sum(seconds.values())
-        yield Round(tokens, n_new, n_accepted, target_probs, draft_probs, seconds)
+        r = Round(tokens, n_new, n_accepted, target_probs, draft_probs, seconds, size)
+        k.add(r)
+        yield r
 
 
 @dataclass
@@ -276,12 +565,14 @@ class Stats:
     emitted: int = 0
     overlap: float = 0.0  # sum over the evaluated of sum_v min(target_probs, draft_probs)
     seconds: dict = field(default_factory=lambda: {"draft": 0.0, "verify": 0.0, "rest": 0.0})
+    sizes: Counter = field(default_factory=Counter)  # {tokens per row in a pass: number of passes}
 
     def add(self, r):
         guessed = r.n_guessed
         judged = torch.minimum(r.n_accepted + (r.n_accepted < guessed), r.n_new)
         overlap = torch.minimum(r.target_probs[:, : r.draft_probs.shape[1]], r.draft_probs).sum(-1)
         self.passes += 1
+        self.sizes[r.size] += 1
         self.rounds += (r.n_new > 0).sum().item()
         self.drafted += guessed.sum().item()
         self.evaluated += judged.sum().item()
@@ -322,6 +613,48 @@ def best_k(alpha, c, most=64):
     return max(range(most + 1), key=lambda k: expected_speed_up(alpha, k, c))
 
 
+class FixedK:
+    """The same k in every round."""
+
+    def __init__(self, k):
+        self.most = k
+
+    def choose(self):
+        return self.most
+
+    def add(self, r):
+        pass
+
+
+class AutoK(FixedK):
+    """Before each round, the k that promises most tokens per second: expected_tokens(alpha, k) / (T(k+1) + k * guess + rest).
+
+    alpha, and what a guess and the rest of a round cost, come from the rounds behind; k = 0, plain decoding, is one of the
+    choices, and the right one where speculation loses. What lies ahead is not looked at, so the law stays the target's. The
+    past counts less and less, and alpha drifts back to where it started: so guessing is tried again now and then.
+    times: the seconds of the target's pass over 1, 2, .., most+1 tokens, as from `pass_seconds`.
+    """
+
+    def __init__(self, times):
+        super().__init__(len(times) - 1)
+        self.times = times
+        self.accepted, self.evaluated, self.guess, self.rest = 3.0, 5.0, times[0] / 10, times[0] / 10
+
+    def choose(self):
+        alpha = self.accepted / self.evaluated
+        cost = [t + (k * self.guess + self.rest) * (k > 0) for k, t in enumerate(self.times)]
+        return max(range(self.most + 1), key=lambda k: expected_tokens(alpha, k) / cost[k])
+
+    def add(self, r):
+        n_guessed = r.n_guessed
+        accepted = torch.minimum(r.n_accepted, n_guessed)
+        self.accepted += 0.05 * (3.0 - self.accepted) + accepted.sum().item()
+        self.evaluated += 0.05 * (5.0 - self.evaluated) + (accepted + (r.n_accepted < n_guessed)).sum().item()
+        if r.size > 1:
+            self.guess += 0.1 * (r.seconds["draft"] / (r.size - 1) - self.guess)
+            self.rest += 0.1 * (r.seconds["rest"] - self.rest)
+
+
 @dataclass
 class Result:
     tokens: list  # B lists of new token ids
@@ -332,9 +665,11 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
              top_p=None, eos=None, seed=None):  # fmt: skip
     """Continue prompt, (T,) or (B, T) int64, by max_new_tokens tokens a row, or up to and including the first eos.
 
-    drafter None is plain decoding; with a drafter the output has the same law, whatever the drafter. k: guesses per round.
-    temperature, top_k, top_p: see `to_probs`. seed: equal seeds give equal output; None takes a new one from the system.
-    ValueError: an argument is out of range, or prompt and budget exceed a block_size.
+    drafter None is plain decoding; with a drafter the output has the same law, whatever the drafter and the rule, but for the
+    rule that has "lossy" in its name. k: guesses per round, or "auto", see `AutoK`; a tree has its own. temperature, top_k,
+    top_p: see `to_probs`. seed: equal seeds give equal output; None takes a new one from the system. With rule="coupled" the
+    output is the same for every drafter and every k, and for None, too.
+    ValueError: an argument is out of range, does not fit the target, or prompt and budget exceed a block_size.
     """
     passes = rounds(target, prompt, max_new_tokens, drafter, k, rule, temperature, top_k, top_p, eos, seed)
     result = Result([[] for _ in torch.atleast_2d(torch.as_tensor(prompt))], Stats())
@@ -366,19 +701,54 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
         raise ValueError(f"top-k is {top_k}; it must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top-p is {top_p}; it must be above 0 and at most 1")
-    if not 1 <= k < target.config.block_size:
-        raise ValueError(f"k is {k}; it must be at least 1 and below the block_size, {target.config.block_size}")
+    if not isinstance(k, AutoK) and k != "auto" and not (isinstance(k, int) and 1 <= k < target.config.block_size):
+        raise ValueError(f"k is {k}; it must be at least 1 and below the block_size, {target.config.block_size}, or \"auto\"")
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; it must be 0 or more and below 2^63")
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; there is: {', '.join(RULES)}")
-    law = partial(to_probs, temperature=temperature, top_k=top_k, top_p=top_p)
+    if isinstance(drafter, TreeDrafter) and (rule != "rejection" or not isinstance(k, int)):
+        raise ValueError("a tree has a rule of its own, recursive rejection, and a fixed shape")
+    law = functools.partial(to_probs, temperature=temperature, top_k=top_k, top_p=top_p)
     generator = torch.Generator(prompt.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
+    if rule == "coupled":
+        generator = Noise(generator, len(prompt), length, target.config.vocab_size)
     if drafter is None:
         return plain_rounds(target, prompt, max_new_tokens, law, eos, generator)
     drafter.check(target, length)
+    if isinstance(drafter, TreeDrafter):
+        k = len(drafter.shape)
+    elif k == "auto":
+        k = AutoK(pass_seconds(target, len(prompt), length // 2, 6))
+    k = FixedK(k) if isinstance(k, int) else k
     return speculative_rounds(target, drafter, prompt, max_new_tokens, k, RULES[rule], law, eos, generator)
+
+
+@torch.inference_mode()
+def pass_seconds(model, B, length, most, repeats=5):
+    """Median seconds of a pass over 1, 2, .., most+1 tokens in each of B rows, behind a cache that holds `length` tokens."""
+    tokens = torch.zeros(B, max(most + 1, length), dtype=torch.int64, device=model.wte.weight.device)
+    cache = model.new_cache(B, length + most + 1)
+    model(tokens[:, :length], cache)
+
+    @torch.inference_mode()
+    def run(n):
+        model(tokens[:, :n], cache)
+        cache.rollback(length)
+
+    return list(median_seconds({n: functools.partial(run, n) for n in range(1, most + 2)}, repeats).values())
+
+
+def median_seconds(calls, repeats=20):
+    """{name: function} -> {name: median time of a call}. The functions take turns, since the speed of a machine drifts."""
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = now()
+            call()
+            times[name].append(now() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
 # -- the command line --------------------------------------------------------------------------------------------------------
@@ -439,17 +809,6 @@ def one_pass(model, B, n, length):
         cache.rollback(length)
 
     return run
-
-
-def median_seconds(calls, repeats=20):
-    """{name: function} -> {name: median time of a call}. The functions take turns, since the speed of a machine drifts."""
-    times = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = now()
-            call()
-            times[name].append(now() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def tell(passes, encoding, prompt=""):
@@ -553,7 +912,7 @@ def check(target, draft, encoding, prompt, k, seed, n_samples=10_000, rows=500, 
 
     Prints the comparison; returns whether both agree: p > level. At 1e-6, one run in half a million raises a false alarm.
     """
-    law = partial(to_probs, **options)
+    law = functools.partial(to_probs, **options)
     first = law(target(prompt[None])[0][0, -1]).double()
     likely = first.topk(min(200, len(first))).indices  # only after these is the second token's law asked for
     texts = torch.cat((prompt.expand(len(likely), -1), likely[:, None]), 1)

@@ -30,7 +30,7 @@ def outcomes(run):
             flat = [choose([p, 1 - p]) == 0 for p in probs.flatten().tolist()]
             return torch.tensor(flat, dtype=torch.bool).view(probs.shape)
 
-        def categorical(probs, generator=None):
+        def categorical(probs, generator=None, ahead=0):
             flat = [choose(law) for law in probs.reshape(-1, probs.shape[-1]).tolist()]
             return torch.tensor(flat, dtype=torch.int64).view(probs.shape[:-1])
 

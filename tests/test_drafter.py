@@ -23,7 +23,8 @@ def test_guesses_come_from_the_laws_of_a_fresh_forward(history, seed):
     text = torch.randint(7, (B, ROOM), generator=generator)
     length = torch.full((B,), T)
     drafter = ModelDrafter(MODEL)
-    drafter.start(text[:, :T], ROOM)
+    drafter.check(MODEL, 48)
+    drafter.start(text[:, :T], ROOM, None)
     assert drafter.cache.length.tolist() == [T - 1] * B
     for k, accepted in history:
         poison(drafter.cache)
@@ -36,7 +37,7 @@ def test_guesses_come_from_the_laws_of_a_fresh_forward(history, seed):
             n = min(accepted[b], k)
             text[b, length[b] : length[b] + n] = draft_tokens[b, :n]
             length[b] += n + 1  # text already holds a random token there: the correction
-        drafter.rollback(length - 1)
+        drafter.commit(length - 1, None)
         assert (drafter.cache.length < length).all()
 
 
@@ -45,10 +46,10 @@ def test_guesses_are_drawn_from_the_reported_laws(monkeypatch):
     import specdec
 
     drawn = []
-    monkeypatch.setattr(specdec, "categorical", lambda probs, generator=None: drawn.append(probs) or probs.argmax(-1))
+    monkeypatch.setattr(specdec, "categorical", lambda probs, generator=None, ahead=0: drawn.append(probs) or probs.argmax(-1))
     text = torch.randint(7, (B, ROOM))
     drafter = ModelDrafter(MODEL)
-    drafter.start(text[:, :T], ROOM)
+    drafter.start(text[:, :T], ROOM, None)
     tokens, probs = drafter.propose(text, torch.full((B,), T), 3, law, None)
     assert torch.equal(torch.stack(drawn, 1), probs) and torch.equal(tokens, probs.argmax(-1))
 
@@ -56,7 +57,7 @@ def test_guesses_are_drawn_from_the_reported_laws(monkeypatch):
 def test_rollback_forgets_what_was_not_accepted():
     text = torch.randint(7, (B, ROOM))
     drafter = ModelDrafter(MODEL)
-    drafter.start(text[:, :T], ROOM)
+    drafter.start(text[:, :T], ROOM, None)
     drafter.propose(text, torch.full((B,), T), 3, law, torch.Generator().manual_seed(0))
-    drafter.rollback(torch.tensor([T, T + 1, T + 3]))  # after 0, 1 and all 3 accepted guesses
+    drafter.commit(torch.tensor([T, T + 1, T + 3]), None)  # after 0, 1 and all 3 accepted guesses
     assert drafter.cache.length.tolist() == [T, T + 1, T + 2]  # nobody has read the third

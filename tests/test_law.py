@@ -24,14 +24,14 @@ class TableModel:
     def __init__(self, probs):
         self.table = torch.as_tensor(probs, dtype=torch.float64).log()
         self.config = GPTConfig(self.table.shape[-1], len(self.table), 1, 1, 1)
-        self.wte = torch.nn.Embedding(1, 1)  # names the device
+        self.wte = torch.nn.Embedding(self.table.shape[-1], 1)
 
     def new_cache(self, batch_size, max_length):
         return KVCache(1, batch_size, 1, max_length, 1)
 
-    def __call__(self, tokens, cache):
-        positions, _ = cache.extend(tokens.shape[1])
-        return self.table[positions.clamp(max=len(self.table) - 1), tokens], None
+    def __call__(self, tokens, cache, tree=None):
+        positions, _ = cache.extend(tokens.shape[1], tree)
+        return self.table[positions.clamp(max=len(self.table) - 1), tokens], torch.zeros(*tokens.shape, 1)
 
 
 def target_law(model, prompt, n, law, eos=None):

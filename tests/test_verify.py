@@ -19,7 +19,7 @@ def law_of(weights):
 def drawn_from(monkeypatch):
     """The laws that verify hands to categorical, in order; the likeliest token is the answer."""
     seen = []
-    monkeypatch.setattr(specdec, "categorical", lambda probs, generator=None: seen.append(probs) or probs.argmax(-1))
+    monkeypatch.setattr(specdec, "categorical", lambda probs, generator=None, ahead=0: seen.append(probs) or probs.argmax(-1))
     return seen
 
 
@@ -29,27 +29,27 @@ TARGET, DRAFT = law_of([[[7, 3], [1, 4]]]), law_of([[[1, 1]]])  # README's examp
 def test_accept_by_hand(monkeypatch):
     """Token 0 is kept with probability min(1, .7 / .5) = 1, token 1 with .3 / .5 = .6."""
     asked = []
-    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None: asked.append(probs.item()) or probs > 0.5)
+    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None, ahead=0: asked.append(probs.item()) or probs > 0.5)
     assert [verify(TARGET, DRAFT, torch.tensor([[x]]))[0].item() for x in (0, 1)] == [1, 1]
     assert asked == pytest.approx([1, 0.6])
 
 
 def test_accept_stops_at_the_first_rejection(monkeypatch):
-    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None: torch.tensor([[True, False, True], [False, True, True]]))
+    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None, ahead=0: torch.tensor([[True, False, True], [False, True, True]]))
     laws = torch.full((2, 4, 5), 0.2)
     assert verify(laws, laws[:, :3], torch.zeros(2, 3, dtype=torch.int64))[0].tolist() == [1, 0]
 
 
 def test_residual_by_hand(monkeypatch, drawn_from):
     """After a rejection: max(0, (.7, .3) - (.5, .5)) = (.2, 0), scaled to (1, 0)."""
-    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None: probs > 2)
+    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None, ahead=0: probs > 2)
     assert verify(TARGET, DRAFT, torch.tensor([[1]]))[1].item() == 0
     assert drawn_from[0].tolist() == [[1, 0]]
 
 
 def test_bonus_by_hand(monkeypatch, drawn_from):
     """After full acceptance: the target's law behind the last guess, (.2, .8), and nothing subtracted from it."""
-    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None: probs > 0)
+    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None, ahead=0: probs > 0)
     n_accepted, token = verify(TARGET, DRAFT, torch.tensor([[1]]))
     assert (n_accepted.item(), token.item()) == (1, 1)
     torch.testing.assert_close(drawn_from[0], TARGET[:, 1], rtol=0, atol=1e-15)
@@ -131,7 +131,7 @@ def test_nothing_impossible_passes_even_when_u_is_0(monkeypatch):
 def test_equal_laws_keep_everything_and_need_no_residual(monkeypatch, drawn_from):
     """Should rounding say no all the same, the residual is empty, and the target's law takes its place (BUGS K2)."""
     target = law_of([[[1, 2], [3, 1]]])
-    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None: probs != 1)
+    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None, ahead=0: probs != 1)
     n, _ = verify(target, target[:, :1], torch.tensor([[1]]))
     assert n.item() == 0 and torch.equal(drawn_from[0], target[:, 0])
 
