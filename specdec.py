@@ -701,7 +701,7 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
         raise ValueError(f"top-k is {top_k}; it must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top-p is {top_p}; it must be above 0 and at most 1")
-    if not isinstance(k, AutoK) and k != "auto" and not (isinstance(k, int) and 1 <= k < target.config.block_size):
+    if not isinstance(k, FixedK) and k != "auto" and not (isinstance(k, int) and 1 <= k < target.config.block_size):
         raise ValueError(f"k is {k}; it must be at least 1 and below the block_size, {target.config.block_size}, or \"auto\"")
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; it must be 0 or more and below 2^63")
@@ -760,6 +760,7 @@ PROMPTS = (
     "class Stack:\n    \"\"\"A last-in, first-out container.\"\"\"\n\n    def __init__(self):\n",
     "class TestParser(unittest.TestCase):\n\n    def test_empty(self):\n        self.assertEqual(",
 )
+REPEATING = "".join(f"    def test_{word}(self):\n        self.assertEqual(parse('{word}'), '{word}')\n\n" for word in ("red", "green", "blue", "black"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -831,133 +832,170 @@ def tell(passes, encoding, prompt=""):
     return stats
 
 
-def compare(target, draft, prompts, max_new_tokens, k, seed, repeats=5, **options):
-    """Decode every prompt plainly and speculatively, in turn, and in between time single passes of both models.
+def contenders(args, target, draft, heads):
+    """{name: (drafter or None, k, rule)}, plain decoding first: what the table compares."""
+    k, rule = args.k, args.rule or "rejection"
+    rows = {"plain decoding": (None, 1, rule)}
+    if args.drafter in (None, "model"):
+        rows[f"draft model, k={k}"] = (ModelDrafter(draft), k, rule)
+        for other in ("block", "coupled") if args.rule is None else ():
+            rows[f"  {other} rule"] = (ModelDrafter(draft), k, other)
+        if k != "auto" and not args.drafter:
+            rows["  k=auto"] = (ModelDrafter(draft), "auto", rule)
+    if args.drafter in (None, "ngram"):
+        rows[f"n-gram lookup, k={k}"] = (NGramDrafter(), k, rule)
+    if heads and args.drafter in (None, "heads"):
+        rows[f"heads, k={k}"] = (HeadsDrafter(heads[0]), k, rule)
+        rows["  blind (Medusa)"] = (HeadsDrafter(heads[1]), k, rule)
+        rows["  k by confidence"] = (HeadsDrafter(heads[0], ()), 8, rule)
+    if rule == "rejection" and args.drafter in (None, "tree"):
+        shape = ",".join(map(str, args.tree))
+        rows[f"tree {shape}, model"] = (TreeDrafter(ModelDrafter(draft), args.tree), 1, rule)
+        if heads:
+            rows[f"tree {shape}, heads"] = (TreeDrafter(HeadsDrafter(heads[0]), args.tree, top=True), 1, rule)
+    return rows
 
-    Returns the Stats of all plain runs, those of all speculative runs, the speed-up of each pair of runs, and the median
-    seconds of a pass: "T1" and "Tk" of the target over 1 and k+1 tokens, "D1" of the draft over 1, k of them in a row as in
-    a round (the first costs more, since the target has just used the processor's caches for itself).
+
+def compare(target, rows, prompts, max_new_tokens, seed, seconds=20, **options):
+    """Decode the prompts by every row in turn, again and again for about so many seconds; in between, time passes of the target.
+
+    -> {name: Stats}, {name: [speed-up in each turn]}, {n: median seconds of the target's pass over n tokens}.
     """
-    totals, speed_ups, passes = (Stats(), Stats()), [], []
-    for i, prompt in enumerate(prompts * repeats):
-        speed = []
-        for total, drafter in zip(totals, (None, ModelDrafter(draft))):
-            stats = Stats()
-            for r in rounds(target, prompt, max_new_tokens, drafter, k, seed=seed + i, **options):
-                stats.add(r)
-                total.add(r)
-            speed.append(stats.emitted / sum(stats.seconds.values()))
-        speed_ups.append(speed[1] / speed[0])
-        B, middle = len(prompt), prompt.shape[1] + max_new_tokens // 2
-        one, many, guess = one_pass(target, B, 1, middle), one_pass(target, B, k + 1, middle), one_pass(draft, B, 1, middle)
-        passes.append(median_seconds({"T1": one, "Tk": many, "D1": lambda: [guess() for _ in range(k)]}, 7))
-        passes[-1]["D1"] /= k
-    return *totals, speed_ups, {name: statistics.median(p[name] for p in passes) for name in passes[0]}
+    B, middle = len(prompts[0]), len(prompts[0][0]) + max_new_tokens // 2
+    times = pass_seconds(target, B, middle, 8)
+    for drafter, *_ in rows.values():
+        if isinstance(drafter, HeadsDrafter) and drafter.times is not None:
+            drafter.times = times
+    rows = {name: (drafter, AutoK(times) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
+    stats, speed_ups, passes = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
+    start, i = now(), 0
+    while i < len(prompts) or (now() - start < seconds and i < 5 * len(prompts)):
+        prompt = prompts[i % len(prompts)]
+        for name, (drafter, k, rule) in rows.items():
+            one = Stats()
+            for r in rounds(target, prompt, max_new_tokens, drafter, k, rule, seed=seed + i, **options):
+                one.add(r)
+                stats[name].add(r)
+            speed = one.emitted / sum(one.seconds.values())
+            plain = speed if drafter is None else plain
+            speed_ups[name].append(speed / plain)
+        sizes = sorted({size for s in stats.values() for size in s.sizes})
+        for size, t in median_seconds({size: one_pass(target, B, size, middle) for size in sizes}, 3).items():
+            passes.setdefault(size, []).append(t)
+        i += 1
+    return stats, speed_ups, {size: statistics.median(t) for size, t in passes.items()}
 
 
-def print_table(target, draft, prompts, max_new_tokens, k, temperatures, **options):
-    print(f"{'':20} tokens/s  speed-up          predicted  alpha        tau   draft  verify   rest")
-    for temperature in temperatures:
-        plain, ours, speed_ups, t = compare(target, draft, prompts, max_new_tokens, k, temperature=temperature, **options)
-        rest = ours.seconds["rest"] / ours.passes
-        tau = ours.emitted / ours.passes / len(prompts[0])  # a batch goes on until its slowest row has ended
-        predicted = tau * t["T1"] / (t["Tk"] + k * t["D1"] + rest)
-        measured = ours.emitted / sum(ours.seconds.values()) / (plain.emitted / sum(plain.seconds.values()))
-        low, _, high = statistics.quantiles(speed_ups, n=4)
-        columns = f"{measured:.2f} ({low:.2f}-{high:.2f})  {predicted:9.2f}"
-        columns += f"  {ours.acceptance_rate:.3f} {ours.expected_acceptance_rate:.3f}"
-        print(f"temperature {temperature:g}" + " (greedy)" * (temperature == 0))
-        for name, stats, columns in (("plain decoding", plain, f"{'1':41}"), (f"draft model, k={k}", ours, columns)):
-            total = sum(stats.seconds.values())
-            shares = "  ".join(f"{seconds / total:6.1%}" for seconds in stats.seconds.values())
-            print(f"  {name:18} {stats.emitted / total:8.0f}  {columns}  {stats.tokens_per_pass:.2f}  {shares}")
-        ms = {name: f"{1000 * seconds:.2f}" for name, seconds in (t | {"rest": rest}).items()}
-        print(f"  predicted: {tau:.2f} x {ms['T1']} ms / ({ms['Tk']} + {k} x {ms['D1']} + {ms['rest']} ms)", end="; ")
-        alpha = ours.expected_acceptance_rate
-        print(f"by theory tau = {expected_tokens(alpha, k):.2f} and the best k is {best_k(alpha, t['D1'] / t['T1'])}")
+def predict(stats, times, B):
+    """tau x T(1) / (T(size of a pass) + draft + rest), all per pass; and tau, T(size), draft, rest."""
+    n = stats.passes
+    tau = stats.emitted / n / B  # a batch goes on until its slowest row has ended
+    cost = sum(times[size] * count for size, count in stats.sizes.items()) / n
+    draft, rest = stats.seconds["draft"] / n, stats.seconds["rest"] / n
+    return tau * times[1] / (cost + draft + rest), tau, cost, draft, rest
 
 
-GLOSSARY = """
-tokens/s             after the prompt is read, all rows together
-speed-up             of speculation over plain decoding, in all (quartiles of the single pairs of runs, which differ by prompt)
-predicted            tau x T_target(1) / (T_target(k+1) + k x T_draft(1) + rest), T(n) = time of one pass over n tokens
+def print_table(target, rows, prompts, max_new_tokens, title, **options):
+    stats, speed_ups, times = compare(target, rows, prompts, max_new_tokens, **options)
+    plain, *others = stats
+    speeds = {name: s.emitted / sum(s.seconds.values()) for name, s in stats.items()}
+    exact = [name for name in others if "lossy" not in rows[name][2]]
+    best = max(exact, key=speeds.get, default=None)
+    print(f"{title:24} tokens/s  speed-up         predicted  alpha        tau   draft  verify   rest")
+    for name, s in stats.items():
+        shares = "  ".join(f"{part / sum(s.seconds.values()):6.1%}" for part in s.seconds.values())
+        columns = f"1{'':40}"
+        if name != plain:
+            low, _, high = statistics.quantiles(speed_ups[name], n=4) if len(speed_ups[name]) > 1 else speed_ups[name] * 3
+            laws = "  -  " if isinstance(rows[name][0], TreeDrafter) else f"{s.expected_acceptance_rate:.3f}"
+            columns = f"{speeds[name] / speeds[plain]:.2f} ({low:.2f}-{high:.2f}) {predict(s, times, len(prompts[0]))[0]:9.2f}  {s.acceptance_rate:.3f} {laws}"
+        print(f"{'*' if name == best else ' '} {name:22} {speeds[name]:8.0f}  {columns}  {s.tokens_per_pass:.2f}  {shares}")
+    if others:
+        _, tau, cost, draft, rest = (1000 * x for x in predict(stats[others[0]], times, len(prompts[0])))
+        print(f"  {others[0]}: predicted {tau / 1000:.2f} x {1000 * times[1]:.2f} ms / ({cost:.2f} + {draft:.2f} + {rest:.2f} ms)\n")
+
+
+def same_text(target, drafter, prompt, max_new_tokens, k, encoding, **options):
+    """Tell whether the coupled rule yields the very text of plain decoding with the same seed; if not, by how little it was missed."""
+    one, other = (generate(target, prompt[:1], max_new_tokens, drafter=d, k=k, rule="coupled", **options).tokens[0] for d in (None, drafter))
+    first = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), None)
+    if first is None:
+        return f"coupled rule, seed {options['seed']}: {len(one)} tokens, identical text to plain decoding with that seed"
+    logits = [target(torch.cat((prompt[0], torch.tensor(one[:first], device=prompt.device)))[None])[0][0, -1, t].item() for t in (one[first], other[first])]
+    words = [repr(encoding.decode([t])) for t in (one[first], other[first])]
+    return (f"coupled rule, seed {options['seed']}: the texts part at token {first}, {words[0]} or {words[1]}: two races so close that the rounding of a pass over\n"
+            f"more tokens decides (logits {logits[0]:.4f} and {logits[1]:.4f})")  # fmt: skip
+
+
+GLOSSARY = """tokens/s             after the prompt is read, all rows together; * marks the fastest
+speed-up             over plain decoding, in all (quartiles of the single turns, which differ by prompt)
+predicted            tau x T(1) / (T(tokens in a pass) + draft + rest), T(n) = time of a target's pass over n tokens, timed alone
 alpha                acceptance rate: accepted / judged guesses; and as the laws have it, mean of sum min(target, draft)
-tau                  tokens per pass of the target, at most k+1; theory: (1 - alpha^(k+1)) / (1 - alpha)
-draft, verify, rest  where the time goes: passes of the draft, passes of the target, everything else"""
+tau                  tokens per pass of the target; theory for a chain of k guesses: (1 - alpha^(k+1)) / (1 - alpha)
+draft, verify, rest  where the time goes: guessing, passes of the target, everything else"""
 
 
-def pearson(observed, expected):
-    """Pearson's X2 of counts against expected counts, both (cells,).
-
-    Rare cells would spoil the chi-square law, so all that expect fewer than 10 are pooled, without a look at their counts.
-    -> X2, number of cells left, p-value, total variation between the two, and what of it chance alone would give.
-    """
-    order = expected.argsort()
-    observed, expected = observed[order].double(), expected[order].double()
-    impossible = observed[expected == 0].sum() > 0
-    n_rare = max((expected < 10).sum().item(), torch.searchsorted(expected.cumsum(0), 10).item() + 1)
-    observed, expected = (torch.cat((x[:n_rare].sum()[None], x[n_rare:])) for x in (observed, expected))
-    n, cells = expected.sum(), len(expected)
-    x2 = torch.inf if impossible else ((observed - expected) ** 2 / expected).sum().item()
-    half = torch.tensor([(cells - 1) / 2, x2 / 2], dtype=torch.float64)
-    p = torch.special.gammaincc(*half).item() if cells > 1 else float(not impossible)
-    tv = (observed - expected).abs().sum() / 2 / n
-    chance = (expected * (1 - expected / n) / (2 * torch.pi)).clamp(min=0).sqrt().sum() / n  # E|normal deviation| / 2, summed
-    return x2, cells, p, tv.item(), chance.item()
 
 
-@torch.no_grad()
-def check(target, draft, encoding, prompt, k, seed, n_samples=10_000, rows=500, level=1e-6, **options):
-    """Sample the first two tokens after prompt (T,) many times, plainly and speculatively, and compare with their exact law.
 
-    Prints the comparison; returns whether both agree: p > level. At 1e-6, one run in half a million raises a false alarm.
-    """
-    law = functools.partial(to_probs, **options)
-    first = law(target(prompt[None])[0][0, -1]).double()
-    likely = first.topk(min(200, len(first))).indices  # only after these is the second token's law asked for
-    texts = torch.cat((prompt.expand(len(likely), -1), likely[:, None]), 1)
-    expected = torch.zeros(len(first), len(first), dtype=torch.float64)
-    expected[:, 0] = first.cpu()  # after any other first token, all second ones are one cell
-    expected[likely.cpu()] = (first[likely, None] * law(target(texts)[0][:, -1])).double().cpu()
-    expected *= n_samples
+def sweep(target, draft, rows, prompts, max_new_tokens, **options):
+    """Print what a pass costs, the floor that memory sets, and the speed-up against k and against batch size, as text plots."""
+    length = len(prompts[0][0]) + max_new_tokens // 2
+    print("milliseconds of a pass over n tokens, and in passes over one token")
+    times = [pass_seconds(model, 1, length, 15) for model in (target, draft)]
+    for n in range(1, 17):
+        print(f"  n = {n:2}   " + "   ".join(f"{name} {1000 * t[n - 1]:6.2f} ({t[n - 1] / t[0]:.2f})" for name, t in zip(("target", "draft"), times)))
+    block = torch.zeros(2**26, dtype=torch.float32, device=target.wte.weight.device)
+    copy = median_seconds({"copy": lambda: block.clone()}, 7)["copy"]
+    size = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in (("target", target), ("draft", draft))}
+    cache = {name: m.new_cache(1)._kv for name, m in (("target", target), ("draft", draft))}
+    print("\nmemory: " + "; ".join(f"{name} {size[name] / 1e6:.1f} MB, its cache {cache[name].numel() * cache[name].element_size() / 1e6:.1f} MB a row" for name in size))
+    bandwidth = 2 * block.numel() * 4 / copy
+    print(f"a large copy moves {bandwidth / 1e9:.1f} GB/s; to read the target's weights at that speed takes {1000 * size['target'] / bandwidth:.2f} ms:")
+    print(f"the floor under T(1), as long as no cache of the processor holds them, which is {1000 * times[0][0]:.2f} ms\n")
 
-    counts, agree = {}, True
-    print(f"{n_samples:,} times the two tokens after {encoding.decode(prompt.tolist())!r}\n")
-    print(f"{'':24}{'X2':>9}  cells  p-value     TV  TV by chance  seconds")
-    for name, drafter in (("plain decoding", None), (f"draft model, k={k}", ModelDrafter(draft))):
-        counts[name], start = torch.zeros_like(expected), now()
-        for batch in range(n_samples // rows):
-            text = [[] for _ in range(rows)]
-            for r in rounds(target, prompt.expand(rows, -1), k + 1, drafter, k, seed=2 * (seed + batch) + len(counts), **options):
-                for row, tokens, n in zip(text, r.tokens.tolist(), r.n_new.tolist()):
-                    row.extend(tokens[:n])
-                if min(map(len, text)) >= 2:
-                    break
-            for one, two, *_ in text:
-                counts[name][one, two if one in likely else 0] += 1
-        x2, cells, p, tv, chance = pearson(counts[name].flatten(), expected.flatten())
-        agree &= p > level
-        print(f"  {name:22}{x2:9.1f} {cells:6} {p:8.2g} {tv:6.3f} {chance:13.3f} {now() - start:8.1f}")
+    name, (drafter, k, rule) = list(rows.items())[1]
+    name = name.split(",")[0].strip()
+    if not isinstance(drafter, TreeDrafter):
+        print(f"speed-up against k: {name}, {rule} rule (# measured, | predicted)")
+        contest = {"plain": rows["plain decoding"]} | {f"k = {k}": (drafter, k, rule) for k in (1, 2, 3, 4, 5, 6, 8)} | {"k=auto": (drafter, "auto", rule)}
+        plot(target, contest, prompts, max_new_tokens, seconds=0, **options)
+    print(f"speed-up against batch size: {name}, k={k}, {rule} rule (# measured, | predicted)")
+    loses = None
+    for B in (1, 2, 4, 8, 16, 32):
+        contest = {"plain": rows["plain decoding"], f"B = {B:2}": (drafter, k, rule)}
+        if not isinstance(drafter, TreeDrafter):
+            contest["  k=auto"] = (drafter, "auto", rule)
+        speed_up = plot(target, contest, [p[:1].expand(B, -1) for p in prompts[:2]], max_new_tokens, seconds=0, **options)
+        loses = loses or (B if speed_up < 1 else None)
+    print(f"from batch size {loses} on speculation loses" if loses else "speculation pays at every batch size tried")
 
-    print("\nthe likeliest pairs: exact, plain, speculative")
-    most = expected.max().item()
-    for cell in expected.flatten().argsort(descending=True)[:8].tolist():
-        one, two = divmod(cell, len(first))
-        name = repr(encoding.decode([one, two])) if one in likely else repr(encoding.decode([one])) + " + any"
-        for label, count in ((name, expected), *(("", count) for count in counts.values())):
-            count = count.flatten()[cell].item()
-            print(f"{label:>20} {count / n_samples:6.2%} {'#' * round(50 * count / most)}")
-    print("\nX2 adds up the squared differences between counts and law; p-value: how often chance alone makes it larger;")
-    print("TV: the total variation between the two; cells: pairs of tokens, the rare ones pooled.")
-    print("both follow the target's law" if agree else "MISMATCH: at least one does not follow the target's law")
-    return agree
+
+def plot(target, contest, prompts, max_new_tokens, **options):
+    """A bar for every row of the contest but the first, which is plain decoding. Returns the first bar's speed-up."""
+    stats, speed_ups, times = compare(target, contest, prompts, max_new_tokens, **options)
+    speeds = [s.emitted / sum(s.seconds.values()) for s in stats.values()]
+    for (name, s), speed in list(zip(stats.items(), speeds))[1:]:
+        measured, predicted = speed / speeds[0], predict(s, times, len(prompts[0]))[0]
+        bar = f"{'#' * round(20 * measured):{max(1, round(20 * predicted))}}"
+        at = round(20 * predicted)
+        print(f"  {name:8} {measured:.2f} {predicted:.2f}  {bar[:at]}|{bar[at + 1:]}")
+    return speeds[1] / speeds[0]
+
+
+def widths(text):
+    """"3,2,1,1" -> (3, 2, 1, 1)"""
+    return tuple(int(width) for width in text.split(","))
 
 
 def main(argv=None):
     parser = Parser(description="Speculative decoding beside plain decoding, with the pair of models in checkpoints/.")
     parser.add_argument("--prompt", help="text to continue (default: four beginnings of Python code)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    parser.add_argument("-k", type=int, default=4, help="guesses per round (default: 4)")
+    parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N", help="default: 96")
+    parser.add_argument("-k", type=lambda k: k if k == "auto" else int(k), default=4, metavar="K", help='guesses per round, or "auto" (default: 4)')
+    parser.add_argument("--drafter", choices=("model", "ngram", "heads", "tree"), help="who guesses (default: each in turn)")
+    parser.add_argument("--rule", choices=RULES, help="who judges (default: rejection, and for the draft model each in turn)")
+    parser.add_argument("--tree", type=widths, default=(2, 1, 1, 1), metavar="W,W,..", help="children per node at each level (default: 2,1,1,1)")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: first 1, then 0)")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K best tokens only")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the fewest best tokens that together reach P")
@@ -965,38 +1003,61 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster in plain decoding, by a short race")
-    parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="the folder of large.pt and tiny.pt")
-    parser.add_argument("--check", action="store_true", help="sample many times, compare with the exact law, exit 1 if it is off")
+    parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="the folder of large.pt, tiny.pt, heads.pt")
+    face = parser.add_mutually_exclusive_group()
+    face.add_argument("--sweep", action="store_true", help="measure: what a pass costs, and the speed-up against k and batch size")
+    face.add_argument("--check", action="store_true", help="sample many times, compare with the exact law, exit 1 if it is off")
     args = parser.parse_args(argv)
     try:
         if args.max_new_tokens < 1 or args.batch < 1:
             raise ValueError("--max-new-tokens and --batch must be at least 1")
+        if args.drafter == "tree" and (args.rule or "rejection") != "rejection":
+            raise ValueError("a tree has a rule of its own, recursive rejection: leave out --rule")
         device, dtype = find_device(args.device), args.dtype and getattr(torch, args.dtype)
         target, draft, encoding = load_pair(args.checkpoints, device, dtype)
+        heads = None
+        if args.drafter == "heads" or (args.checkpoints / "heads.pt").exists():
+            heads = load_heads(args.checkpoints / "heads.pt", target)
         texts = (args.prompt,) if args.prompt is not None else ("for i in ",) if args.check else PROMPTS
-        prompts = [torch.tensor([encoding.encode_ordinary(text)] * args.batch, device=device) for text in texts]
+        prompts, (repeating,) = ([torch.tensor([encoding.encode_ordinary(text)] * args.batch, device=device) for text in some] for some in (texts, (REPEATING,)))
         temperatures = (1.0, 0.0) if args.temperature is None else (args.temperature,)
         options = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-        for prompt in prompts:  # refuses what cannot be decoded; the first one is then told
-            rounds(target, prompt, args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0], **options)
+        rows = contenders(args, target, draft, heads)
+        for prompt in prompts:  # refuses what cannot be decoded
+            for drafter, k, rule in rows.values():
+                rounds(target, prompt, args.max_new_tokens, drafter, k if k != "auto" else 1, rule, temperature=temperatures[0], **options)
     except FileNotFoundError as error:
-        parser.error(f"{error.filename} is missing; `python train_tiny.py` makes a pair")
+        parser.error(f"{error.filename} is missing; `python train_tiny.py` makes it")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     sys.stdout.reconfigure(errors="replace")
+    drafter, k, rule = list(rows.values())[1]
     if args.check:
-        sys.exit(not check(target, draft, encoding, prompts[0][0], args.k, temperature=temperatures[0], **options))
+        sys.exit(not check(target, drafter, encoding, prompts[0][0], k, rule, temperature=temperatures[0], **options))
 
-    for name, model in (("large.pt, the target:", target), ("tiny.pt, the draft:", draft)):
-        weights, c = sum(p.numel() for p in model.parameters()), model.config
-        print(f"{name:21} {weights:10,} weights in {c.n_layer} x {c.n_embd}, {str(model.wte.weight.dtype)[6:]} on {device}")
+    for name, model in (("large.pt, the target:", target), ("tiny.pt, the draft:", draft), ("heads.pt, draft heads:", heads and heads[0])):
+        if model:
+            shape = f"{model.config.n_layer} x {model.config.n_embd}" if model is not (heads and heads[0]) else "one cell"
+            dtype = str(next(model.parameters()).dtype)[6:]
+            print(f"{name:22} {sum(p.numel() for p in model.parameters()):10,} weights in {shape}, {dtype} on {device}")
+    if args.sweep:
+        print()
+        sweep(target, draft, rows, prompts, args.max_new_tokens, temperature=temperatures[0], **options)
+        return
     print(f"\nThe prompt, then up to {args.max_new_tokens} new tokens, each marked by where it comes from:")
-    story = rounds(target, prompts[0], args.max_new_tokens, ModelDrafter(draft), args.k, temperature=temperatures[0],
-                   eos=encoding.eot_token, **options)  # fmt: skip
+    story = rounds(target, prompts[0], args.max_new_tokens, drafter, k, rule, temperature=temperatures[0], eos=encoding.eot_token, **options)
     stats = tell(story, encoding, texts[0])
     print(f"\n{stats.emitted} tokens in {stats.rounds} passes of the target.\n")
-    print(f"Now {len(prompts)} prompts, {args.max_new_tokens} new tokens each, plain and speculative in turn, 5 times:\n")
-    print_table(target, draft, prompts, args.max_new_tokens, args.k, temperatures, **options)
+    if rule == "coupled" or "  coupled rule" in rows:
+        print(same_text(target, drafter, prompts[0], args.max_new_tokens, k, encoding, temperature=temperatures[0], **options) + "\n")
+    print(f"Now {len(prompts)} prompts, {args.max_new_tokens} new tokens each, all in turn:\n")
+    for temperature in temperatures:
+        # At temperature 0 the exact rules are one and the same.
+        some = {name: row for name, row in rows.items() if temperature or args.rule or row[2] == "rejection"}
+        print_table(target, some, prompts, args.max_new_tokens, f"temperature {temperature:g}" + " (greedy)" * (temperature == 0), temperature=temperature, **options)
+    if args.prompt is None and args.drafter in (None, "ngram"):
+        some = {name: row for name, row in rows.items() if row[0] is None or isinstance(row[0], NGramDrafter)}
+        print_table(target, some, [repeating] * 3, args.max_new_tokens, "a prompt that repeats", temperature=temperatures[-1], **options)
     print(GLOSSARY)
 
 

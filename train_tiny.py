@@ -1,13 +1,15 @@
-"""Train the pair: `large`, the target, on text; `tiny`, the draft, on the same text; then tiny again, distilled from large.
+"""Train `large`, the target, and `tiny`, the draft, on text; then tiny again, and the draft heads, on what large itself writes.
 
     python train_tiny.py                      # corpus: the Python standard library of this machine
     python train_tiny.py --data my_texts/     # any text file or folder
     python train_tiny.py --preset tiny-cpu    # a smoke run, under 2 minutes on 2 cores
+    python train_tiny.py --distill            # keep large, go on with tiny, new heads
 
-Ctrl-C saves everything to checkpoints/partial.pt, and the same command goes on from there. large.pt and tiny.pt are replaced
-only when the new pair is complete. Why distil: the draft is judged by nothing but its agreement with the target. The
-acceptance rate at a position is 1 - TV = sum min(target_probs, draft_probs), so that is what its last training maximises
-(DistillSpec, Zhou et al. 2023, arXiv 2310.08461).
+Ctrl-C saves everything to checkpoints/partial.pt, and the same command goes on from there. large.pt, tiny.pt and heads.pt are
+replaced only when all are complete. Why distil: a drafter is judged by nothing but its agreement with the target. The
+acceptance rate at a position is 1 - TV = sum min(target_probs, draft_probs), so that is what its training maximises, on the
+texts where it will be asked: those that the target writes (DistillSpec, Zhou et al. 2023, arXiv 2310.08461). Large reads
+each of them once; its hidden states are kept, and its laws follow from them at the cost of one matrix product.
 """
 
 import math
@@ -24,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
-from model import GPT, GPTConfig, make_encoding, save_checkpoint
-from specdec import CHECKPOINTS, Parser, find_device, median_seconds
+from model import GPT, DraftHeads, GPTConfig, load_checkpoint, make_encoding, save_checkpoint, save_heads
+from specdec import CHECKPOINTS, Parser, find_device, median_seconds, rounds
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,20 @@ class Preset:
     block_size: int  # length of a training window, and the longest text that the pair will decode
     large: tuple  # n_layer, n_head, n_embd
     tiny: tuple
+    n_hidden: int  # inside the cell of the draft heads
     batch_size: int  # windows per step
-    steps: tuple  # of large, of tiny, of distillation
+    written: int  # batches of 128 windows that large writes
+    steps: tuple  # of large, of tiny, of distillation, of each kind of heads
     sample: int  # characters of the corpus that the tokenizer is trained on
 
 
 PRESETS = {
-    "tiny-cpu": Preset(512, 128, (4, 4, 128), (1, 2, 64), 16, (200, 200, 200), 60_000),
-    "cpu": Preset(1024, 512, (12, 4, 224), (1, 4, 144), 8, (4000, 2500, 4000), 200_000),
-    "gpu": Preset(1024, 1024, (12, 12, 768), (2, 4, 128), 64, (3000, 2000, 4000), 200_000),
+    "tiny-cpu": Preset(512, 128, (4, 4, 128), (1, 2, 64), 128, 16, 2, (200, 200, 200, 100), 60_000),
+    "cpu": Preset(1024, 512, (12, 4, 224), (1, 4, 144), 512, 8, 18, (4000, 2500, 2500, 3000), 200_000),
+    "gpu": Preset(1024, 1024, (12, 12, 768), (2, 4, 128), 2048, 64, 64, (3000, 2000, 10000, 5000), 200_000),
 }
-PEAK_LR = {"large": 2e-3, "tiny": 4e-3, "distil": 2e-3}
+PEAK_LR = {"large": 2e-3, "tiny": 4e-3, "distil": 1e-3, "markov": 2e-3, "blind": 2e-3}
+N_AHEAD = 4  # positions that the heads are trained on
 
 # GPT-2's: a word keeps the space before it; letters, digits and signs never share a token.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -112,30 +117,51 @@ def text_loss(model, windows):
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
-def distillation_loss(tiny, large, windows):
+def agreement_loss(logits, target_logits, next_tokens):
     """0.9 sum |target_probs - draft_probs| + 0.1 cross-entropy: twice 1 - alpha, and a little text to keep gradients alive.
 
-    The weights are DSpark's (DeepSpec, arXiv 2607.05147). The softmax is that of temperature 1, in float32.
+    The weights are DSpark's (DeepSpec, arXiv 2607.05147). logits, target_logits (N, V), next_tokens (N,) -> loss, and
+    alpha at each position, (N,). The softmax is that of temperature 1, in float32.
     """
-    with torch.no_grad():
-        target_probs = large(windows[:, :-1])[0].float().softmax(-1)
-    logits = tiny(windows[:, :-1])[0].float()
-    distance = (target_probs - logits.softmax(-1)).abs().sum(-1).mean()
-    return 0.9 * distance + 0.1 * F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    logits = logits.float()
+    distance = (target_logits.detach().float().softmax(-1) - logits.softmax(-1)).abs().sum(-1)
+    return 0.9 * distance.mean() + 0.1 * F.cross_entropy(logits, next_tokens), 1 - distance.detach() / 2
+
+
+def distillation_loss(tiny, wte, windows, hidden):
+    """Of tiny on windows (B, T) int64, given the hidden states of large there, (B, T, D), and its output matrix, (V, D)."""
+    logits, target_logits = tiny(windows[:, :-1])[0], F.linear(hidden[:, :-1].to(wte.dtype), wte)
+    return agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[:, 1:].flatten())[0]
+
+
+def heads_loss(heads, wte, windows, hidden, start, n=N_AHEAD):
+    """Of guesses 1..n after the positions start (B, M) of windows (B, T); hidden and wte as above. Later guesses count less.
+
+    To it belongs the confidence: cross-entropy of the acceptance that the heads expect against the one that is found.
+    -> loss, and alpha of each guess, (n, B * M)
+    """
+    row = torch.arange(len(windows), device=windows.device)[:, None]
+    state, loss, alphas = hidden[row, start].to(wte.dtype), 0.0, []
+    for i in range(1, n + 1):
+        logits, state = heads(state, windows[row, start + i])
+        target_logits = F.linear(hidden[row, start + i].to(wte.dtype), wte)
+        one, alpha = agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[row, start + i + 1].flatten())
+        confidence = F.binary_cross_entropy_with_logits(heads.confidence(state.detach()).flatten().float(), alpha)
+        loss = loss + math.exp(-(i - 1) / n) * (one + confidence)
+        alphas.append(alpha)
+    return loss, torch.stack(alphas)
 
 
 def make_optimizers(model):
-    """Muon for the matrices inside the layers, AdamW for the rest; one learning rate serves both.
+    """For a GPT, Muon for the matrices inside the layers, AdamW for the rest; one learning rate serves both. For heads, AdamW.
 
     Muon (Jordan et al. 2024) makes each step's update near-orthogonal. After 250 steps on the default corpus, held-out loss
     was 3.89 with it and 4.45 with AdamW alone, in about the same time.
     """
-    matrices = [p for p in model.h.parameters() if p.ndim == 2]
-    others = [p for name, p in model.named_parameters() if p.ndim < 2 or not name.startswith("h.")]
-    return (
-        torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
-    )
+    matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.ndim == 2]
+    others = [p for name, p in model.named_parameters() if not name.startswith("h.") or p.ndim < 2]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
+    return [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), adamw] if matrices else [adamw]
 
 
 class Interrupted(Exception):
@@ -145,10 +171,9 @@ class Interrupted(Exception):
 class Run:
     """The stages of one training run, and partial.pt, from which an interrupted run goes on exactly where it stopped."""
 
-    def __init__(self, folder, settings, preset, device, dtype):
-        self.path = Path(folder) / "partial.pt"
-        self.preset, self.device = preset, device
-        self.state = {"settings": settings, "dtype": dtype, "finished": {}, "stage": None}
+    def __init__(self, folder, settings, device, dtype):
+        self.path, self.device = Path(folder) / "partial.pt", device
+        self.state = {"settings": settings, "dtype": dtype, "finished": {}, "stage": None, "written": []}
         if self.path.exists():
             try:
                 state = torch.load(self.path, map_location=device, weights_only=True)
@@ -166,14 +191,11 @@ class Run:
         torch.save(self.state, f"{self.path}.new")
         os.replace(f"{self.path}.new", self.path)
 
-    def windows(self, tokens, generator):
-        """A batch of random stretches of the training tokens, (B, block_size + 1) int64."""
-        T = self.preset.block_size + 1
-        start = torch.randint(len(tokens) - T + 1, (self.preset.batch_size, 1), generator=generator)
-        return tokens[start + torch.arange(T)].long().to(self.device, non_blocking=True)
+    def train(self, stage, model, loss_of, steps, seed, tokens_per_step):
+        """Train model in place for `steps` steps, the learning rate warming up, then a cosine down to zero. Returns it.
 
-    def train(self, stage, model, loss_of, tokens, steps, seed):
-        """Train model in place for `steps` batches, the learning rate warming up, then a cosine down to zero. Returns it."""
+        loss_of(model, generator) draws a batch and returns its loss.
+        """
         if stage in self.state["finished"]:
             model.load_state_dict(self.state["finished"][stage])
             return model
@@ -195,7 +217,7 @@ class Run:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         signal.signal(signal.SIGINT, interrupt)
-        progress = Progress(stage, first, steps, self.preset.batch_size * self.preset.block_size)
+        progress = Progress(stage, first, steps, tokens_per_step)
         try:
             for step in range(first, steps):
                 warm_up = max(1, steps // 50)
@@ -203,7 +225,7 @@ class Run:
                 for optimizer in optimizers:
                     optimizer.param_groups[0]["lr"] = PEAK_LR[stage] * fraction
                 with self.autocast():
-                    loss = loss_of(model, self.windows(tokens, generator))
+                    loss = loss_of(model, generator)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for optimizer in optimizers:
@@ -251,6 +273,25 @@ class Progress:
             print()
 
 
+# -- what large writes -------------------------------------------------------------------------------------------------------
+
+
+def write(large, tokens, n, temperature, seed):
+    """n texts of block_size tokens, (n, block_size) int32: large's continuations of random stretches of `tokens`, 1/16 of that length."""
+    T = large.config.block_size
+    start = torch.randint(len(tokens) - T // 16 + 1, (n, 1), generator=torch.Generator().manual_seed(seed))
+    prompts = tokens[start + torch.arange(T // 16)].long().to(large.wte.weight.device)
+    new = [r.tokens for r in rounds(large, prompts, T - T // 16, temperature=temperature, seed=seed)]
+    return torch.cat((prompts, *new), 1).int()
+
+
+@torch.no_grad()
+def read(large, texts, autocast):
+    """The hidden states of large in texts (N, T): (N, T, D) bfloat16."""
+    with autocast():
+        return torch.cat([large(some.long())[1].bfloat16() for some in texts.split(4)])
+
+
 # -- what it came to ---------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +325,14 @@ def held_out_alpha(large, tiny, windows, device, autocast):
     return means.mean().item(), (means.std() / len(means) ** 0.5).item()
 
 
+@torch.no_grad()
+def heads_alpha(heads, wte, texts, hidden):
+    """Acceptance rate at temperature 1 of guesses 1..N_AHEAD in texts (N, T), and its standard error: 2 x (N_AHEAD,)."""
+    start = torch.arange(texts.shape[1] // 16, texts.shape[1] - N_AHEAD - 1, device=texts.device)[None]
+    means = torch.stack([heads_loss(heads, wte, t[None].long(), h[None], start)[1].mean(1) for t, h in zip(texts, hidden)])
+    return means.mean(0), means.std(0) / len(means) ** 0.5
+
+
 def faster_dtype(model, windows):
     """float32 or bfloat16, by a short race: some processors have bfloat16 arithmetic, others imitate it."""
 
@@ -297,68 +346,113 @@ def faster_dtype(model, windows):
 
 
 def main(argv=None):
-    parser = Parser(description="Train large and tiny on text, then distil tiny from large.")
+    parser = Parser(description="Train large and tiny on text; then tiny and the draft heads on what large writes.")
     parser.add_argument("--data", metavar="PATH", help="a text file or a folder of them (default: the Python standard library)")
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu where there is one, else cpu")
-    parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="where the pair goes (default: checkpoints/)")
+    parser.add_argument("--distill", action="store_true", help="take large.pt and tiny.pt as they are, and go on from there")
+    parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="where the models go (default: checkpoints/)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: the faster, by a short race)")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds repeat a run, if --dtype is given as well")
     args = parser.parse_args(argv)
     try:
         run(args)
+    except FileNotFoundError as error:
+        parser.error(f"there is no {error.filename}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except (Interrupted, KeyboardInterrupt) as error:
-        print(str(error) or "interrupted", file=sys.stderr)
+        print(str(error) or "interrupted; the same command goes on there", file=sys.stderr)
         sys.exit(130)
 
 
 def run(args):
     device = find_device(args.device)
-    name = args.preset or ("gpu" if device.type == "cuda" else "cpu")
-    preset = PRESETS[name]
+    preset = PRESETS[args.preset or ("gpu" if device.type == "cuda" else "cpu")]
     start = time.perf_counter()
 
+    # The text.
     texts, held_out_texts = split_corpus(read_corpus(args.data))
     print(f"corpus: {len(texts)} training texts of {sum(map(len, texts)):,} characters, {len(held_out_texts)} held out", flush=True)
-    encoding = train_tokenizer(texts, preset.vocab_size, preset.sample)
+    torch.manual_seed(args.seed)
+    if args.distill:
+        (large, encoding), (tiny, _) = (load_checkpoint(args.checkpoints / f"{name}.pt", device) for name in ("large", "tiny"))
+    else:
+        encoding = train_tokenizer(texts, preset.vocab_size, preset.sample)
+        large, tiny = (GPT(GPTConfig(preset.vocab_size, preset.block_size, *shape)).to(device) for shape in (preset.large, preset.tiny))
+    block_size, wte = large.config.block_size, large.wte.weight
+    heads = {kind: DraftHeads(*wte.shape, preset.n_hidden, kind == "markov").to(device) for kind in ("markov", "blind")}
     tokens, held_out = encode(encoding, texts), encode(encoding, held_out_texts)
-    if min(len(tokens), len(held_out)) < 2 * (preset.block_size + 1):
+    if min(len(tokens), len(held_out)) < 2 * (block_size + 1):
         sizes = f"{len(tokens)} tokens to train on, {len(held_out)} held out"
-        raise ValueError(f"corpus too small: {sizes}; two windows of {preset.block_size + 1} are the least")
+        raise ValueError(f"corpus too small: {sizes}; two windows of {block_size + 1} are the least")
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     print(f"tokenizer: {encoding.n_vocab} tokens; {len(tokens):,} to train on, {len(held_out):,} held out", flush=True)
 
-    torch.manual_seed(args.seed)
-    large = GPT(GPTConfig(preset.vocab_size, preset.block_size, *preset.large)).to(device)
-    tiny = GPT(GPTConfig(preset.vocab_size, preset.block_size, *preset.tiny)).to(device)
-    windows = held_out_windows(held_out, preset.block_size)
-    settings = {"preset": asdict(preset), "seed": args.seed, "corpus": zlib.crc32(tokens.numpy().tobytes())}
-    stages = Run(args.checkpoints, settings, preset, device, args.dtype)
+    # Large and tiny, on text.
+    settings = {"preset": asdict(preset), "seed": args.seed, "corpus": zlib.crc32(tokens.numpy().tobytes()), "distill": args.distill}
+    stages = Run(args.checkpoints, settings, device, args.dtype)
     autocast = stages.autocast
+    windows = held_out_windows(held_out, block_size)
     if stages.state["dtype"] is None:
         stages.state["dtype"] = faster_dtype(large, windows[: preset.batch_size].to(device))
-    for model, title in ((large, "large"), (tiny, "tiny")):
+    for title, model in (("large", large), ("tiny", tiny), ("heads", heads["markov"])):
         print(f"{title}: {sum(p.numel() for p in model.parameters()):,} weights, on {device}, in {stages.state['dtype']}", flush=True)
-    large = stages.train("large", large, text_loss, tokens, preset.steps[0], args.seed + 1)
-    tiny = stages.train("tiny", tiny, text_loss, tokens, preset.steps[1], args.seed + 2)
-    before = held_out_alpha(large, tiny, windows, device, autocast)
-    tiny = stages.train("distil", tiny, lambda t, w: distillation_loss(t, large, w), tokens, preset.steps[2], args.seed + 3)
-    after = held_out_alpha(large, tiny, windows, device, autocast)
 
-    # Both files are complete before either name is taken. A run that dies in between still has partial.pt to go on from.
-    for title, model in (("large", large), ("tiny", tiny)):
-        save_checkpoint(args.checkpoints / f"{title}.pt.complete", model, encoding)
-    for title in ("large", "tiny"):
+    def text_batch(model, generator):
+        first = torch.randint(len(tokens) - block_size, (preset.batch_size, 1), generator=generator)
+        return text_loss(model, tokens[first + torch.arange(block_size + 1)].long().to(device, non_blocking=True))
+
+    if not args.distill:
+        large = stages.train("large", large, text_batch, preset.steps[0], args.seed + 1, preset.batch_size * block_size)
+        tiny = stages.train("tiny", tiny, text_batch, preset.steps[1], args.seed + 2, preset.batch_size * block_size)
+    large.eval().requires_grad_(False)
+
+    # Tiny and the heads, on what large writes: of three batches two at temperature 1, one greedy.
+    written = stages.state["written"]
+    while len(written) < preset.written:
+        i = len(written)
+        written.append(write(large, tokens, 128, float(i % 3 < 2), args.seed + 100 + i).cpu())
+        stages.save()
+        print(f"large writes: {i + 1}/{preset.written} batches of 128 x {block_size} tokens", flush=True)
+    own, held_out_own = torch.cat(written).to(device), write(large, held_out, 64, 1.0, args.seed + 99)
+    hidden, held_out_hidden = read(large, own, autocast), read(large, held_out_own, autocast)
+
+    def own_batch(loss_of):
+        def batch(model, generator):
+            i = torch.randint(len(own), (preset.batch_size,), generator=generator).to(device)
+            return loss_of(model, wte, own[i].long(), hidden[i], generator)
+
+        return batch
+
+    def some_positions(model, wte, texts, states, generator):
+        first = torch.randint(block_size - N_AHEAD - 1, (len(texts), 128), generator=generator).to(device)
+        return heads_loss(model, wte, texts, states, first)[0]
+
+    measured = {"held-out text": windows, "what large writes after held-out text": held_out_own.long()}
+    before = [held_out_alpha(large, tiny, texts, device, autocast) for texts in measured.values()]
+    distil = own_batch(lambda *batch: distillation_loss(*batch[:-1]))
+    tiny = stages.train("distil", tiny, distil, preset.steps[2], args.seed + 3, preset.batch_size * block_size)
+    after = [held_out_alpha(large, tiny, texts, device, autocast) for texts in measured.values()]
+    for kind in heads:
+        stages.train(kind, heads[kind], own_batch(some_positions), preset.steps[3], args.seed + 4, preset.batch_size * 128)
+
+    # All files are complete before any name is taken. A run that dies in between still has partial.pt to go on from.
+    save_checkpoint(args.checkpoints / "large.pt.complete", large, encoding)
+    save_checkpoint(args.checkpoints / "tiny.pt.complete", tiny, encoding)
+    save_heads(args.checkpoints / "heads.pt.complete", large, heads["markov"], heads["blind"])
+    for title in ("large", "tiny", "heads"):
         os.replace(args.checkpoints / f"{title}.pt.complete", args.checkpoints / f"{title}.pt")
     stages.path.unlink()
 
     for title, model in (("large", large), ("tiny", tiny)):
         print(f"held-out loss of {title}: {held_out_loss(model, windows, device, autocast):.3f} nats per token")
-    alphas = " before distillation, ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in (before, after))
-    print(f"acceptance rate on held-out text: {alphas} after")
-    print(f"wrote large.pt and tiny.pt to {args.checkpoints} after {(time.perf_counter() - start) / 60:.1f} minutes")
+    for where, *alphas in zip(measured, before, after):
+        print(f"acceptance rate on {where}: " + " before distillation, ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in alphas) + " after")
+    for kind in heads:
+        alphas = " ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in zip(*heads_alpha(heads[kind], wte, held_out_own, held_out_hidden)))
+        print(f"of the {kind} heads there, at guesses 1 to {N_AHEAD}: {alphas}")
+    print(f"wrote large.pt, tiny.pt and heads.pt to {args.checkpoints} after {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

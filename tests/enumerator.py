@@ -1,4 +1,8 @@
-"""Chance replaced by all its outcomes: the exact law of anything that draws through `bernoulli` and `categorical`."""
+"""Chance replaced by all its outcomes: the exact law of anything that draws through `bernoulli` and `categorical`.
+
+The coupled rule asks the same noise more than once. For two tokens that noise is one number, r = the ratio of the two
+exponentials, and what each draw tells about it is an interval: the odds of the next draw follow exactly.
+"""
 
 import torch
 
@@ -13,7 +17,7 @@ def outcomes(run):
     """
     script = []  # [[outcome taken, number of outcomes], ...], one entry per choice
     while True:
-        depth, weight = 0, 1.0
+        depth, weight, intervals = 0, 1.0, {}
 
         def choose(probs):
             """An index into probs, the next one that is due."""
@@ -30,7 +34,20 @@ def outcomes(run):
             flat = [choose([p, 1 - p]) == 0 for p in probs.flatten().tolist()]
             return torch.tensor(flat, dtype=torch.bool).view(probs.shape)
 
+        def race(law, row, position):
+            """The winner of one race between two tokens: token 1 arrives first if r < law[1] / law[0]. P(r < x) = x / (1 + x)."""
+            low, high = intervals.get((row, position), (0.0, 1.0))  # in terms of P(r < x), uniform on (0, 1)
+            cut = min(max(law[1] / (law[0] + law[1]), low), high)
+            one = choose([(high - cut) / (high - low), (cut - low) / (high - low)]) == 1
+            intervals[row, position] = (low, cut) if one else (cut, high)
+            return int(one)
+
         def categorical(probs, generator=None, ahead=0):
+            if isinstance(generator, specdec.Noise):
+                steps = [ahead] if isinstance(ahead, int) else ahead.tolist()
+                laws, here = probs.reshape(len(probs), len(steps), 2).tolist(), generator.here.tolist()
+                flat = [[race(law, b, here[b] + i) for i, law in zip(steps, laws[b])] for b in range(len(laws))]
+                return torch.tensor(flat, dtype=torch.int64).view(probs.shape[:-1])
             flat = [choose(law) for law in probs.reshape(-1, probs.shape[-1]).tolist()]
             return torch.tensor(flat, dtype=torch.int64).view(probs.shape[:-1])
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import make_gpt
-from specdec import ModelDrafter, Stats, generate, rounds
+from model import DraftHeads
+from specdec import AutoK, FixedK, HeadsDrafter, ModelDrafter, NGramDrafter, Stats, TreeDrafter, generate, rounds
 from test_kvcache import poison
 
 TARGET, DRAFT = make_gpt(1), make_gpt(2, n_layer=1, n_embd=4)
@@ -38,6 +39,16 @@ def drafter(request):
     return DRAFTERS[request.param]()
 
 
+def make_heads(markov=True, times=None):
+    torch.manual_seed(0)
+    return HeadsDrafter(DraftHeads(7, 8, 16, markov).double().requires_grad_(False), times)
+
+
+OTHERS = {"ngram": NGramDrafter, "heads": make_heads, "confident_heads": lambda: make_heads(times=[1, 1.1, 1.2, 1.5, 2, 3, 4]),
+          "tree": lambda: TreeDrafter(ModelDrafter(TARGET), (2, 1, 2))}  # fmt: skip
+any_drafter = pytest.mark.parametrize("make", [*DRAFTERS.values(), *OTHERS.values()], ids=[*DRAFTERS, *OTHERS])
+
+
 def greedy(prompt, n, **options):
     return generate(TARGET, prompt, n, temperature=0, **options).tokens
 
@@ -46,10 +57,17 @@ def greedy(prompt, n, **options):
 
 
 @pytest.mark.parametrize("k", range(1, 7))
+@any_drafter
 @one_row_and_batch
-def test_greedy_speculation_is_greedy_decoding(drafter, k, prompts):
+def test_greedy_speculation_is_greedy_decoding(make, k, prompts):
+    drafter = make()
     for prompt in (prompts, prompts[:, :1]):
         assert greedy(prompt, 40, drafter=drafter, k=k) == greedy(prompt, 40)
+
+
+@pytest.mark.parametrize("rule", ["block", "coupled", "lossy-typical"])
+def test_greedy_speculation_is_greedy_decoding_under_every_rule(drafter, rule):
+    assert greedy(PROMPTS, 40, drafter=drafter, rule=rule) == greedy(PROMPTS, 40)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(1, 5), st.lists(st.lists(st.integers(0, 6), min_size=2, max_size=2), min_size=1, max_size=4))
@@ -59,8 +77,10 @@ def test_greedy_speculation_is_greedy_decoding_for_any_pair(seed, other, k, prom
     assert generate(target, torch.tensor(prompts), 20, drafter=drafter, k=k, temperature=0).tokens == expected.tokens
 
 
-def test_a_row_of_a_batch_is_what_it_is_alone(drafter):
+@any_drafter
+def test_a_row_of_a_batch_is_what_it_is_alone(make):
     """Rows accept different numbers of tokens, end at different times, and do not notice each other."""
+    drafter = make()
     for eos in (None, 2):
         together = greedy(PROMPTS, 30, drafter=drafter, k=3, eos=eos)
         alone = [greedy(prompt, 30, drafter=drafter, k=3, eos=eos)[0] for prompt in PROMPTS]
@@ -83,9 +103,11 @@ def test_a_broken_draft_costs_speed_and_nothing_else(value, temperature):
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("at_the_edge", [False, True])
+@any_drafter
 @one_row_and_batch
-def test_every_budget(drafter, k, at_the_edge, prompts):
+def test_every_budget(make, k, at_the_edge, prompts):
     """Exactly the budget, also where prompt and budget fill the block_size to the last position."""
+    drafter = make()
     for budget in range(k + 3):
         prompt = prompts.repeat(1, 16)[:, : TARGET.config.block_size - budget] if at_the_edge else prompts
         tokens = greedy(prompt, budget, drafter=drafter, k=k)
@@ -123,6 +145,14 @@ def test_plain_decoding_ends_each_row_at_its_own_eos():
     plain = greedy(PROMPTS, 30)
     for eos in range(7):
         result = generate(TARGET, PROMPTS, 30, temperature=0, eos=eos)
+        assert result.tokens == cut_at(eos, plain) and result.stats.emitted == sum(map(len, result.tokens))
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_rows_end_at_their_own_eos_whoever_guesses(make):
+    plain = greedy(PROMPTS, 30)
+    for eos in range(7):
+        result = generate(TARGET, PROMPTS, 30, drafter=make(), k=3, temperature=0, eos=eos)
         assert result.tokens == cut_at(eos, plain) and result.stats.emitted == sum(map(len, result.tokens))
 
 
@@ -232,6 +262,76 @@ def test_seeds(make):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+# -- k that is chosen before each round
+
+
+def auto(times, guess, rest, accepted, evaluated):
+    k = AutoK(times)
+    k.guess, k.rest, k.accepted, k.evaluated = guess, rest, accepted, evaluated
+    return k
+
+
+def test_auto_k_by_hand():
+    """Flat passes: guess as much as alpha is worth. Passes that cost by the token, as in large batches: do not guess at all."""
+    assert auto([1.0] * 9, 0.05, 0, 80, 100).choose() == 8
+    assert auto([1.0] * 9, 0.05, 0, 50, 100).choose() == 3  # Leviathan's best k for alpha = .5, c = .05
+    assert auto([1.0] * 9, 0.6, 0, 50, 100).choose() == 0
+    assert auto([1.0 * n for n in range(1, 10)], 0.01, 0, 90, 100).choose() == 0
+    assert auto([1.0] * 9, 0.05, 5, 80, 100).choose() == 0  # the rest of a round counts, too
+
+
+def test_auto_k_learns_from_the_rounds_behind():
+    for drafter, more in ((ModelDrafter(TARGET), True), (NoisyDrafter(TARGET, 1.0), False)):
+        k, before = AutoK([1.0] * 7), 0.6
+        for r in rounds(TARGET, PROMPTS, 40, drafter, k, seed=0):
+            pass
+        assert (k.accepted / k.evaluated > 0.9) if more else (k.accepted / k.evaluated < before)
+        assert 0 < k.guess < 0.1 and k.rest > 0
+
+
+def test_auto_k_tries_again_after_a_while():
+    """Without new guesses alpha drifts back to where it started."""
+    k = auto([1.0] * 7, 0.1, 0, 0, 50)
+    assert k.choose() == 0
+    for n in range(200):
+        k.add(next(rounds(TARGET, PROMPT, 1, ModelDrafter(DRAFT), 1, seed=0)))  # a round without a guess
+        k.guess = 0.1
+        if k.choose() > 0:
+            break
+    assert 10 < n < 150
+
+
+class Varying(FixedK):
+    """Looks back: one more guess after a full acceptance, down to none after a rejection."""
+
+    now = 1
+
+    def __init__(self):
+        super().__init__(3)
+
+    def choose(self):
+        return self.now
+
+    def add(self, r):
+        self.now = min(self.now + 1, 3) if (r.n_accepted >= r.size - 1).all() else 0
+
+
+@any_drafter
+@pytest.mark.parametrize("k", ["auto", Varying])
+def test_greedy_speculation_is_greedy_decoding_for_changing_k(make, k):
+    """A draft whose turn does not come for some rounds still reads all that it missed (BUGS E3)."""
+    drafter = make()
+    if isinstance(drafter, TreeDrafter):
+        return
+    assert greedy(PROMPTS, 40, drafter=drafter, k=k if k == "auto" else k()) == greedy(PROMPTS, 40)
+
+
+def test_a_draft_that_is_the_target_stays_right_for_changing_k():
+    for rest in range(4):
+        s = generate(TARGET, PROMPTS, 37 + rest, drafter=ModelDrafter(TARGET), k=Varying(), seed=1).stats
+        assert s.accepted == s.drafted > 0
+
+
 # -- bad arguments
 
 
@@ -240,6 +340,8 @@ def test_seeds(make):
     [
         ({"k": 0}, "k is 0"),
         ({"k": 48}, "k is 48"),
+        ({"k": "many"}, "k is many"),
+        ({"drafter": HeadsDrafter(DraftHeads(7, 4, 8))}, "another shape"),
         ({"seed": -1}, "seed is -1"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),

@@ -1,11 +1,12 @@
-"""ModelDrafter without a loop around it: whatever was accepted before, each guess comes from the law of a fresh forward pass."""
+"""Drafters without a loop around them: whatever was accepted before, each guess comes from the law that it should."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import fresh_logits, make_gpt
-from specdec import ModelDrafter
+from model import DraftHeads
+from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, rounds
 from test_kvcache import poison
 
 MODEL = make_gpt(2)
@@ -61,3 +62,112 @@ def test_rollback_forgets_what_was_not_accepted():
     drafter.propose(text, torch.full((B,), T), 3, law, torch.Generator().manual_seed(0))
     drafter.commit(torch.tensor([T, T + 1, T + 3]), None)  # after 0, 1 and all 3 accepted guesses
     assert drafter.cache.length.tolist() == [T, T + 1, T + 2]  # nobody has read the third
+
+
+# -- n-gram lookup
+
+
+def lookup(text, k, max_n=3):
+    """What followed the last n tokens when they stood in the text before, n as large as possible, then as late as possible."""
+    for n in range(min(max_n, len(text) - 1), 0, -1):
+        for end in range(len(text) - 1, n - 1, -1):
+            if text[end - n : end] == text[-n:]:
+                followed = text[end:]
+                return [followed[i % len(followed)] for i in range(k)]
+    return None
+
+
+def ngram(texts, k, room=5, max_n=3):
+    """propose, on texts of different lengths, with other tokens behind each."""
+    length = torch.tensor([len(text) for text in texts])
+    rows = torch.randint(7, (len(texts), max(length) + room))
+    for row, text in zip(rows, texts):
+        row[: len(text)] = torch.tensor(text)
+    drafter = NGramDrafter(max_n)
+    drafter.check(MODEL, 48)
+    return drafter.propose(rows, length, k, law, None)
+
+
+def test_ngram_by_hand():
+    tokens, probs = ngram([[1, 2, 3, 4, 1, 2], [5, 1, 5, 2, 5], [1, 2, 3, 4], [6, 6, 6]], 3)
+    assert tokens[[0, 1, 3]].tolist() == [[3, 4, 1], [2, 5, 2], [6, 6, 6]]
+    assert probs[2].sum() == 0, "no match, no guess"
+    assert probs[0].argmax(-1).tolist() == [3, 4, 1] and probs[0].sum(-1).tolist() == [1, 1, 1]
+
+
+def test_the_longest_match_wins_then_the_latest():
+    assert ngram([[1, 2, 3, 2, 4, 1, 2]], 1)[0].item() == 3  # after 1 2, although 2 alone was last followed by 4
+    assert ngram([[1, 2, 3, 2, 4, 1, 2]], 1, max_n=1)[0].item() == 4
+
+
+def test_without_any_match_there_is_nothing_to_verify():
+    tokens, probs = ngram([[1, 2, 3], [4]], 3)
+    assert tokens.shape == (2, 0) and probs.shape == (2, 0, 7)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4))
+def test_ngram_equals_a_plain_search_of_each_row(texts, k, max_n):
+    """It never matches its own end, and never looks at what lies behind it."""
+    tokens, probs = ngram(texts, k, max_n=max_n)
+    for row, p, text in zip(tokens, probs, texts):
+        expected = lookup(text, k, max_n)
+        if expected is None:
+            assert p.sum() == 0
+        else:
+            assert row.tolist() == expected == p.argmax(-1).tolist()
+
+
+def test_ngram_forgets_the_prompt_before():
+    """BUGS J4: nothing is kept from one text to the next."""
+    drafter = NGramDrafter()
+    drafter.check(MODEL, 48)
+    drafter.propose(torch.tensor([[1, 2, 1, 2, 0]]), torch.tensor([4]), 1, law, None)
+    assert drafter.propose(torch.tensor([[3, 1, 2, 0]]), torch.tensor([3]), 1, law, None)[0].shape == (1, 0)
+
+
+# -- heads
+
+
+def make_heads(markov=True):
+    torch.manual_seed(0)
+    heads = DraftHeads(7, 8, 16, markov).double().requires_grad_(False)
+    for weight in heads.parameters():
+        weight.normal_()
+    return heads
+
+
+def test_heads_guess_from_the_targets_state_at_the_last_token_it_read():
+    """Whatever was accepted: guess i comes from i applications of the cell to the hidden state of a fresh forward."""
+    for markov in (True, False):
+        heads, texts = make_heads(markov), [[3, 1, 4], [0, 2, 6]]
+        drafter = HeadsDrafter(heads)
+        for r in rounds(MODEL, torch.tensor(texts), 25, drafter, 3, seed=1):
+            for b, text in enumerate(texts):
+                state = MODEL(torch.tensor([text[:-1]]))[1][:, -1:]
+                tokens = [text[-1], *r.tokens[b].tolist()]
+                for i in range(min(r.n_accepted[b].item() + 1, r.draft_probs.shape[1]) if r.n_new[b] else 0):
+                    logits, state = heads(state, torch.tensor([[tokens[i]]]))
+                    torch.testing.assert_close(r.draft_probs[b, i], logits[0, 0].softmax(-1), rtol=0, atol=1e-10)
+                text += r.tokens[b, : r.n_new[b]].tolist()
+
+
+def test_blind_heads_do_not_hear_of_the_guess_before():
+    state, tokens = torch.randn(1, 2, 8).double(), torch.tensor([[1, 2]])
+    for markov in (True, False):
+        logits, other = (make_heads(markov)(state, t)[0] for t in (tokens, tokens.flip(1)))
+        assert torch.equal(logits, other) is not markov
+
+
+def test_confidence_decides_how_many_guesses(monkeypatch):
+    """Passes that cost 1, 1.3, 1.75, 2.2 units, guesses accepted with .9, .8, .1: tokens per unit 1, 1.46, 1.50, 1.22, so two
+    guesses. With a row beside it whose guesses are hopeless: 2, 2.23, 2.07, so one. At a flat price: as many as allowed."""
+    for times, counts in (([1, 1.3, 1.75, 2.2, 2.6], [2, 1]), ([1, 1, 1, 1, 1], [4, 4])):
+        for rows, n in zip(([[0.9, 0.8, 0.1, 0.1]], [[0.9, 0.8, 0.1, 0.1], [0, 0, 0, 0]]), counts):
+            chances = iter(torch.tensor(rows).T)
+            heads = make_heads()
+            monkeypatch.setattr(heads, "acceptance", lambda state: next(chances)[:, None])
+            drafter = HeadsDrafter(heads, times)
+            drafter.check(MODEL, 48)
+            drafter.start(None, None, torch.randn(len(rows), 8).double())
+            tokens, _ = drafter.propose(torch.ones(len(rows), 9, dtype=torch.int64), torch.full((len(rows),), 3), 4, law, torch.Generator())
+            assert tokens.shape[1] == n

@@ -67,13 +67,13 @@ def test_the_example_worked_by_hand():
     torch.testing.assert_close(law, law_of([7, 3]), rtol=0, atol=1e-15)
 
 
-def law_of_the_round(target_probs, draft_probs):
+def law_of_the_round(target_probs, draft_probs, rule=verify):
     """The exact joint law of k+1 tokens, (V,) * (k+1): those that a round emits, then the target's own draws."""
     k, V = draft_probs.shape
 
     def round():
         guesses = specdec.categorical(draft_probs[None])
-        n, token = verify(target_probs[None], draft_probs[None], guesses)
+        n, token = rule(target_probs[None], draft_probs[None], guesses)
         return (*guesses[0, : n[0]].tolist(), token.item())
 
     out = torch.zeros((V,) * (k + 1), dtype=torch.float64)
