@@ -832,31 +832,25 @@ def tell(passes, encoding, prompt=""):
     return stats
 
 
-def contenders(args, target, draft, heads):
-    """{name: (drafter or None, k, rule)}, plain decoding first: what the table compares."""
-    k, rule = args.k, args.rule or "rejection"
-    rows = {"plain decoding": (None, 1, rule)}
-    if args.drafter in (None, "model"):
-        rows[f"draft model, k={k}"] = (ModelDrafter(draft), k, rule)
-        for other in ("block", "coupled") if args.rule is None else ():
-            rows[f"  {other} rule"] = (ModelDrafter(draft), k, other)
-        if k != "auto" and not args.drafter:
-            rows["  k=auto"] = (ModelDrafter(draft), "auto", rule)
-    if args.drafter in (None, "ngram"):
-        rows[f"n-gram lookup, k={k}"] = (NGramDrafter(), k, rule)
-    if heads and args.drafter in (None, "heads"):
-        rows[f"heads, k={k}"] = (HeadsDrafter(heads[0]), k, rule)
-        rows["  blind (Medusa)"] = (HeadsDrafter(heads[1]), k, rule)
-        rows["  k by confidence"] = (HeadsDrafter(heads[0], ()), 8, rule)
-    if rule == "rejection" and args.drafter in (None, "tree"):
-        shape = ",".join(map(str, args.tree))
-        rows[f"tree {shape}, model"] = (TreeDrafter(ModelDrafter(draft), args.tree), 1, rule)
-        if heads:
-            rows[f"tree {shape}, heads"] = (TreeDrafter(HeadsDrafter(heads[0]), args.tree, top=True), 1, rule)
-    return rows
+def contenders(target, draft, heads, drafter, rule, k, tree):
+    """{name: (drafter or None, k, rule)}, plain decoding first: the rows of the table. None for drafter, rule or k: whatever there is."""
+    judge, k, ngram_k = rule or "rejection", *((4, 8) if k is None else (k, k))  # a lookup costs next to nothing: it may guess more
+    shape = ",".join(map(str, tree))
+    rows = {"plain decoding": (None, 1, judge), f"draft model, k={k}": (ModelDrafter(draft), k, judge)}
+    if rule is None:
+        rows |= {f"  {other} rule": (ModelDrafter(draft), k, other) for other in ("block", "coupled")}
+    rows |= {"  k=auto": (ModelDrafter(draft), "auto", judge), f"n-gram lookup, k={ngram_k}": (NGramDrafter(), ngram_k, judge)}
+    if heads:
+        rows |= {f"heads, k={k}": (HeadsDrafter(heads[0]), k, judge), "  blind, as Medusa's": (HeadsDrafter(heads[1]), k, judge)}
+        rows |= {"  k by confidence": (HeadsDrafter(heads[0], ()), 8, judge)}
+    if judge == "rejection":
+        rows |= {f"tree {shape}, model": (TreeDrafter(ModelDrafter(draft), tree), 1, judge)}
+        rows |= {f"tree {shape}, heads": (TreeDrafter(HeadsDrafter(heads[0]), tree, top=True), 1, judge)} if heads else {}
+    kinds = {"model": ModelDrafter, "ngram": NGramDrafter, "heads": HeadsDrafter, "tree": TreeDrafter}
+    return {name: row for name, row in rows.items() if not (drafter and row[0]) or isinstance(row[0], kinds[drafter])}
 
 
-def compare(target, rows, prompts, max_new_tokens, seed, seconds=20, **options):
+def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
     """Decode the prompts by every row in turn, again and again for about so many seconds; in between, time passes of the target.
 
     -> {name: Stats}, {name: [speed-up in each turn]}, {n: median seconds of the target's pass over n tokens}.
@@ -901,30 +895,34 @@ def print_table(target, rows, prompts, max_new_tokens, title, **options):
     speeds = {name: s.emitted / sum(s.seconds.values()) for name, s in stats.items()}
     exact = [name for name in others if "lossy" not in rows[name][2]]
     best = max(exact, key=speeds.get, default=None)
-    print(f"{title:24} tokens/s  speed-up         predicted  alpha        tau   draft  verify   rest")
+    print(f"{title:26} tokens/s  speed-up         predicted  alpha        tau   draft  verify   rest")
     for name, s in stats.items():
+        label = name + " (NOT the target's law)" * ("lossy" in rows[name][2] and name != plain)
         shares = "  ".join(f"{part / sum(s.seconds.values()):6.1%}" for part in s.seconds.values())
         columns = f"1{'':40}"
         if name != plain:
             low, _, high = statistics.quantiles(speed_ups[name], n=4) if len(speed_ups[name]) > 1 else speed_ups[name] * 3
             laws = "  -  " if isinstance(rows[name][0], TreeDrafter) else f"{s.expected_acceptance_rate:.3f}"
             columns = f"{speeds[name] / speeds[plain]:.2f} ({low:.2f}-{high:.2f}) {predict(s, times, len(prompts[0]))[0]:9.2f}  {s.acceptance_rate:.3f} {laws}"
-        print(f"{'*' if name == best else ' '} {name:22} {speeds[name]:8.0f}  {columns}  {s.tokens_per_pass:.2f}  {shares}")
+        print(f"{'*' if name == best else ' '} {label:24} {speeds[name]:8.0f}  {columns}  {s.tokens_per_pass:.2f}  {shares}")
     if others:
         _, tau, cost, draft, rest = (1000 * x for x in predict(stats[others[0]], times, len(prompts[0])))
         print(f"  {others[0]}: predicted {tau / 1000:.2f} x {1000 * times[1]:.2f} ms / ({cost:.2f} + {draft:.2f} + {rest:.2f} ms)\n")
 
 
-def same_text(target, drafter, prompt, max_new_tokens, k, encoding, **options):
-    """Tell whether the coupled rule yields the very text of plain decoding with the same seed; if not, by how little it was missed."""
-    one, other = (generate(target, prompt[:1], max_new_tokens, drafter=d, k=k, rule="coupled", **options).tokens[0] for d in (None, drafter))
+def same_text(target, drafter, prompt, max_new_tokens, k, encoding, seed, temperature, **options):
+    """Tell whether the coupled rule yields the very text of plain decoding with the same seed; if not, how close the decision was."""
+    options |= {"seed": seed, "temperature": temperature, "rule": "coupled"}
+    one, other = (generate(target, prompt[:1], max_new_tokens, drafter=d, k=k, **options).tokens[0] for d in (None, drafter))
     first = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), None)
     if first is None:
-        return f"coupled rule, seed {options['seed']}: {len(one)} tokens, identical text to plain decoding with that seed"
-    logits = [target(torch.cat((prompt[0], torch.tensor(one[:first], device=prompt.device)))[None])[0][0, -1, t].item() for t in (one[first], other[first])]
-    words = [repr(encoding.decode([t])) for t in (one[first], other[first])]
-    return (f"coupled rule, seed {options['seed']}: the texts part at token {first}, {words[0]} or {words[1]}: two races so close that the rounding of a pass over\n"
-            f"more tokens decides (logits {logits[0]:.4f} and {logits[1]:.4f})")  # fmt: skip
+        return f"coupled rule, seed {seed}: {len(one)} tokens, identical text to plain decoding with that seed"
+    a, b = one[first], other[first]
+    logits = target(torch.cat((prompt[0], prompt.new_tensor(one[:first])))[None])[0][0, -1].double()
+    noise = Noise(torch.Generator(prompt.device).manual_seed(seed), 1, prompt.shape[1] + max_new_tokens, len(logits))
+    score = logits / temperature - (-noise.table[prompt.shape[1] + first, 0]).log() if temperature else logits  # log P + Gumbel noise
+    return (f"coupled rule, seed {seed}: the texts part at token {first}, {encoding.decode([a])!r} or {encoding.decode([b])!r}: the race was decided by "
+            f"{abs(score[a] - score[b]).item():.1e},\nand a pass over more tokens rounds differently")  # fmt: skip
 
 
 GLOSSARY = """tokens/s             after the prompt is read, all rows together; * marks the fastest
@@ -936,6 +934,73 @@ draft, verify, rest  where the time goes: guessing, passes of the target, everyt
 
 
 
+
+
+def pearson(observed, expected):
+    """Pearson's X2 of counts against expected counts, both (cells,).
+
+    Rare cells would spoil the chi-square law, so all that expect fewer than 10 are pooled, without a look at their counts.
+    -> X2, number of cells left, p-value, total variation between the two, and what of it chance alone would give.
+    """
+    order = expected.argsort()
+    observed, expected = observed[order].double(), expected[order].double()
+    impossible = observed[expected == 0].sum() > 0
+    n_rare = max((expected < 10).sum().item(), torch.searchsorted(expected.cumsum(0), 10).item() + 1)
+    observed, expected = (torch.cat((x[:n_rare].sum()[None], x[n_rare:])) for x in (observed, expected))
+    n, cells = expected.sum(), len(expected)
+    x2 = torch.inf if impossible else ((observed - expected) ** 2 / expected).sum().item()
+    half = torch.tensor([(cells - 1) / 2, x2 / 2], dtype=torch.float64)
+    p = torch.special.gammaincc(*half).item() if cells > 1 else float(not impossible)
+    tv = (observed - expected).abs().sum() / 2 / n
+    chance = (expected * (1 - expected / n) / (2 * torch.pi)).clamp(min=0).sqrt().sum() / n  # E|normal deviation| / 2, summed
+    return x2, cells, p, tv.item(), chance.item()
+
+
+@torch.no_grad()
+def check(target, rows, encoding, prompt, seed, n_samples=10_000, B=500, level=1e-6, **options):
+    """Sample the first two tokens after prompt (T,) many times, by the first two rows of the table, and compare with their exact law.
+
+    Prints the comparison; returns whether both agree: p > level. At 1e-6, one run in half a million raises a false alarm.
+    """
+    law = functools.partial(to_probs, **options)
+    first = law(target(prompt[None])[0][0, -1]).double()
+    likely = first.topk(min(200, len(first))).indices  # only after these is the second token's law asked for
+    texts = torch.cat((prompt.expand(len(likely), -1), likely[:, None]), 1)
+    expected = torch.zeros(len(first), len(first), dtype=torch.float64)
+    expected[:, 0] = first.cpu()  # after any other first token, all second ones are one cell
+    expected[likely.cpu()] = (first[likely, None] * law(target(texts)[0][:, -1])).double().cpu()
+    expected *= n_samples
+
+    counts, agree = {}, True
+    print(f"{n_samples:,} times the two tokens after {encoding.decode(prompt.tolist())!r}\n")
+    print(f"{'':24}{'X2':>9}  cells  p-value     TV  TV by chance  seconds")
+    for name, (drafter, k, rule) in list(rows.items())[:2]:
+        counts[name], start = torch.zeros_like(expected), now()
+        for batch in range(n_samples // B):
+            text = [[] for _ in range(B)]
+            for r in rounds(target, prompt.expand(B, -1), 5, drafter, k, rule, seed=2 * (seed + batch) + len(counts), **options):
+                for row, tokens, n in zip(text, r.tokens.tolist(), r.n_new.tolist()):
+                    row.extend(tokens[:n])
+                if min(map(len, text)) >= 2:
+                    break
+            for one, two, *_ in text:
+                counts[name][one, two if one in likely else 0] += 1
+        x2, cells, p, tv, chance = pearson(counts[name].flatten(), expected.flatten())
+        agree &= p > level
+        print(f"  {name:22}{x2:9.1f} {cells:6} {p:8.2g} {tv:6.3f} {chance:13.3f} {now() - start:8.1f}")
+
+    print("\nthe likeliest pairs: exact, and by each of the two")
+    most = expected.max().item()
+    for cell in expected.flatten().argsort(descending=True)[:8].tolist():
+        one, two = divmod(cell, len(first))
+        name = repr(encoding.decode([one, two])) if one in likely else repr(encoding.decode([one])) + " + any"
+        for label, count in ((name, expected), *(("", count) for count in counts.values())):
+            count = count.flatten()[cell].item()
+            print(f"{label:>20} {count / n_samples:6.2%} {'#' * round(50 * count / most)}")
+    print("\nX2 adds up the squared differences between counts and law; p-value: how often chance alone makes it larger;")
+    print("TV: the total variation between the two; cells: pairs of tokens, the rare ones pooled.")
+    print("both follow the target's law" if agree else "MISMATCH: at least one does not follow the target's law")
+    return agree
 
 
 def sweep(target, draft, rows, prompts, max_new_tokens, **options):
@@ -984,15 +1049,18 @@ def plot(target, contest, prompts, max_new_tokens, **options):
 
 
 def widths(text):
-    """"3,2,1,1" -> (3, 2, 1, 1)"""
     return tuple(int(width) for width in text.split(","))
+
+
+def guesses(text):
+    return text if text == "auto" else int(text)
 
 
 def main(argv=None):
     parser = Parser(description="Speculative decoding beside plain decoding, with the pair of models in checkpoints/.")
     parser.add_argument("--prompt", help="text to continue (default: four beginnings of Python code)")
-    parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N", help="default: 96")
-    parser.add_argument("-k", type=lambda k: k if k == "auto" else int(k), default=4, metavar="K", help='guesses per round, or "auto" (default: 4)')
+    parser.add_argument("--max-new-tokens", type=int, default=80, metavar="N", help="default: 80")
+    parser.add_argument("-k", type=guesses, metavar="K", help='guesses per round, or "auto" (default: 4, for n-gram lookup 8)')
     parser.add_argument("--drafter", choices=("model", "ngram", "heads", "tree"), help="who guesses (default: each in turn)")
     parser.add_argument("--rule", choices=RULES, help="who judges (default: rejection, and for the draft model each in turn)")
     parser.add_argument("--tree", type=widths, default=(2, 1, 1, 1), metavar="W,W,..", help="children per node at each level (default: 2,1,1,1)")
@@ -1022,7 +1090,7 @@ def main(argv=None):
         prompts, (repeating,) = ([torch.tensor([encoding.encode_ordinary(text)] * args.batch, device=device) for text in some] for some in (texts, (REPEATING,)))
         temperatures = (1.0, 0.0) if args.temperature is None else (args.temperature,)
         options = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-        rows = contenders(args, target, draft, heads)
+        rows = contenders(target, draft, heads, args.drafter, args.rule, args.k, args.tree)
         for prompt in prompts:  # refuses what cannot be decoded
             for drafter, k, rule in rows.values():
                 rounds(target, prompt, args.max_new_tokens, drafter, k if k != "auto" else 1, rule, temperature=temperatures[0], **options)
@@ -1031,9 +1099,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error))
     sys.stdout.reconfigure(errors="replace")
-    drafter, k, rule = list(rows.values())[1]
+    drafter, k, rule = list(rows.values())[1]  # who tells the story
     if args.check:
-        sys.exit(not check(target, drafter, encoding, prompts[0][0], k, rule, temperature=temperatures[0], **options))
+        sys.exit(not check(target, rows, encoding, prompts[0][0], temperature=temperatures[0], **options))
 
     for name, model in (("large.pt, the target:", target), ("tiny.pt, the draft:", draft), ("heads.pt, draft heads:", heads and heads[0])):
         if model:

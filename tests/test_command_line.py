@@ -11,14 +11,16 @@ import torch
 
 import specdec
 from conftest import make_gpt
-from model import make_encoding, save_checkpoint
+from model import DraftHeads, make_encoding, save_checkpoint, save_heads
 
 ROOT = Path(__file__).parent.parent
 BYTES = {bytes([i]): i for i in range(256)}
 
 
 def write_pair(folder, vocab_size=257, draft_vocab_size=257, draft_ranks=BYTES, draft_block_size=256):
-    save_checkpoint(folder / "large.pt", make_gpt(1, vocab_size, 256), make_encoding(r"\S+|\s+", BYTES))
+    target = make_gpt(1, vocab_size, 256)
+    save_checkpoint(folder / "large.pt", target, make_encoding(r"\S+|\s+", BYTES))
+    save_heads(folder / "heads.pt", target, DraftHeads(vocab_size, 8, 16), DraftHeads(vocab_size, 8, 16, markov=False))
     save_checkpoint(folder / "tiny.pt", make_gpt(2, draft_vocab_size, draft_block_size, n_layer=1), make_encoding(r"\S+|\s+", draft_ranks))
     return folder
 
@@ -38,16 +40,19 @@ def test_the_whole_story_in_one_run(pair):
     result = run("--checkpoints", pair, "--max-new-tokens", 12, "-k", 3, "--prompt", "ab")
     assert (result.returncode, result.stderr) == (0, "")
     out = result.stdout
-    for words in ("large.pt", "tiny.pt", "float32 on cpu", "accepted guess", "12 tokens in", "temperature 1\n", "temperature 0 (greedy)"):
+    for words in ("large.pt", "tiny.pt", "heads.pt", "float32 on cpu", "accepted guess", "12 tokens in", "temperature 1 ", "temperature 0 (greedy)"):
         assert words in out or words.replace("float32", "bfloat16") in out
     assert "\033" not in out  # no colours where there is no terminal
-    assert out.count("plain decoding  ") == out.count("draft model, k=3") == 2
+    for row in ("plain decoding", "draft model, k=3", "k=auto", "n-gram lookup, k=", "heads, k=3", "blind", "k by confidence", "tree 2,1,1,1, model", "tree 2,1,1,1, heads"):
+        assert len(re.findall(rf"^[* ] +{re.escape(row)}.* \d+ .*%$", out, re.MULTILINE)) == 2, row
+    assert len(re.findall("block rule  .*%", out)) == len(re.findall("coupled rule  .*%", out)) == 1  # greedy, they are one rule
+    assert out.count("\n* ") == 2  # the fastest of each table
     for word in ("tokens/s", "speed-up", "predicted", "alpha", "tau", "draft", "verify", "rest"):
         assert len(re.findall(rf"{word}", out)) >= 2, f"{word} is in the table, and explained below it"
 
 
 def test_the_numbers_of_the_table_add_up(pair, capsys):
-    specdec.main(["--checkpoints", str(pair), "--max-new-tokens", "20", "-k", "3", "--temperature", "0.7", "--dtype", "float32"])
+    specdec.main(["--checkpoints", str(pair), "--max-new-tokens", "20", "-k", "3", "--temperature", "0.7", "--dtype", "float32", "--drafter", "model"])
     out = capsys.readouterr().out
     row = re.search(r"draft model, k=3 +(\d+) +([\d.]+) \(([\d.]+)-([\d.]+)\) +([\d.]+) +([\d.]+) ([\d.]+) +([\d.]+) +([\d.]+)% +([\d.]+)% +([\d.]+)%", out)
     speed, speed_up, low, high, predicted, alpha, expected, tau, *shares = map(float, row.groups())
@@ -56,9 +61,49 @@ def test_the_numbers_of_the_table_add_up(pair, capsys):
     assert low <= high and low / 2 < speed_up < 2 * high
     assert abs(sum(shares) - 100) < 0.2
     assert 0 <= alpha <= 1 and 0 <= expected <= 1 and 1 <= tau <= 4
-    tau2, one, many, k, guess, rest = map(float, re.search(r"predicted: ([\d.]+) x ([\d.]+) ms / \(([\d.]+) \+ (\d) x ([\d.]+) \+ ([\d.]+) ms\)", out).groups())
-    assert tau2 == tau and predicted == pytest.approx(tau * one / (many + k * guess + rest), rel=0.1)
+    tau2, one, many, guess, rest = map(float, re.search(r"predicted ([\d.]+) x ([\d.]+) ms / \(([\d.]+) \+ ([\d.]+) \+ ([\d.]+) ms\)", out).groups())
+    assert tau2 == tau and predicted == pytest.approx(tau * one / (many + guess + rest), rel=0.1)
     assert out.count("temperature") == 1
+
+
+@pytest.mark.parametrize("drafter", ["model", "ngram", "heads", "tree"])
+def test_one_drafter_alone(pair, capsys, drafter):
+    specdec.main(["--checkpoints", str(pair), "--max-new-tokens", "6", "--prompt", "abab", "--drafter", drafter, "--tree", "2,2", "--temperature", "1", "--dtype", "float32"])
+    out = capsys.readouterr().out
+    name = {"model": "draft model, k=4", "ngram": "n-gram lookup, k=", "heads": "heads, k=4", "tree": "tree 2,2, model"}[drafter]
+    assert name in out and sum(words in out for words in ("draft model, k", "n-gram lookup, k", "heads, k", "tree 2,2, m")) == 1
+
+
+@pytest.mark.parametrize("rule", ["block", "coupled", "lossy-typical"])
+def test_one_rule_for_all(pair, capsys, rule):
+    specdec.main(["--checkpoints", str(pair), "--max-new-tokens", "6", "--prompt", "abab", "--rule", rule, "--temperature", "1", "--dtype", "float32"])
+    out = capsys.readouterr().out
+    assert "tree" not in out  # which has its own
+    assert ("identical text" in out or "the texts part at" in out) is (rule == "coupled")
+    assert ("NOT the target's law" in out) is (rule == "lossy-typical") and (("\n* " in out) is not (rule == "lossy-typical"))
+
+
+def test_a_text_that_is_not_the_same_is_explained(pair):
+    """Of another target, for once, in place of rounding: where the texts part, the words, and the margin."""
+    target, draft, encoding = specdec.load_pair(pair, dtype=torch.float64)
+    prompt, options = torch.tensor([[97, 98]]), {"seed": 1, "temperature": 1.0}
+    assert "identical text" in specdec.same_text(target, specdec.ModelDrafter(draft), prompt, 10, 3, encoding, **options)
+
+    class Damaged(specdec.ModelDrafter):
+        def start(self, *args):
+            super().start(*args)
+            target.wte.weight[:] = target.wte.weight.flip(0)
+
+    assert re.search(r"the texts part at token \d+, '.*' or '.*': the race was decided by \d\.\de[+-]\d\d", specdec.same_text(target, Damaged(draft), prompt, 10, 3, encoding, **options))
+
+
+def test_sweep(pair, capsys):
+    specdec.main(["--checkpoints", str(pair), "--max-new-tokens", "4", "--prompt", "ab", "--sweep", "--dtype", "float32", "-k", "2"])
+    out = capsys.readouterr().out
+    assert len(re.findall(r"n = +\d+ +target +[\d.]+ \([\d.]+\) +draft +[\d.]+ \([\d.]+\)", out)) == 16
+    for words in ("GB/s", "MB", "the floor", "k = 8", "B = 32", "k=auto", "batch size"):
+        assert words in out
+    assert len(re.findall(r"^  (?:k|B) += +\d+ +[\d.]+ [\d.]+  [# ]*\|#*$", out, re.MULTILINE)) == 7 + 6
 
 
 def a_round(tokens, n_new, n_accepted, n_guessed):
@@ -106,7 +151,7 @@ def test_check_exits_1_on_a_mismatch(pair, monkeypatch, agree, status):
 def test_check_of_nearly_uniform_laws(pair, capsys, monkeypatch):
     """No token stands out, nearly all cells are pooled: still a verdict, and no crash."""
     target, draft, encoding = specdec.load_pair(pair)
-    assert specdec.check(target, draft, encoding, torch.tensor([1, 2]), 2, 0, n_samples=1000, temperature=1000.0)
+    assert specdec.check(target, {"plain": (None, 1, "rejection"), "model": (specdec.ModelDrafter(draft), 2, "rejection")}, encoding, torch.tensor([1, 2]), 0, n_samples=1000, temperature=1000.0)
 
 
 def test_batch_dtype_and_filters(pair, capsys):
@@ -132,9 +177,16 @@ def test_batch_dtype_and_filters(pair, capsys):
         (["--max-new-tokens", "256"], "block_size is 256"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--device", "abacus"], "no device 'abacus'"),
-        (["--checkpoints", "/nowhere"], "/nowhere/large.pt is missing; `python train_tiny.py` makes a pair"),
+        (["--checkpoints", "/nowhere"], "/nowhere/large.pt is missing; `python train_tiny.py` makes it"),
         (["--temperature", "warm"], "invalid float value: 'warm'"),
         (["--beam"], "unrecognized arguments: --beam"),
+        (["-k", "many"], "invalid"),
+        (["--drafter", "oracle"], "invalid choice: 'oracle'"),
+        (["--rule", "optimism"], "invalid choice: 'optimism'"),
+        (["--tree", "2,0"], "widths of a tree are 2,0"),
+        (["--tree", "2,x"], "--tree: invalid"),
+        (["--drafter", "tree", "--rule", "block"], "rule of its own"),
+        (["--sweep", "--check"], "not allowed with"),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2(pair, capsys, options, message):
@@ -154,6 +206,15 @@ def test_pairs_that_do_not_fit_are_refused(tmp_path, capsys):
             specdec.main(["--checkpoints", str(tmp_path), "--prompt", "x", "--max-new-tokens", "9", "--dtype", "float32"])
         out, err = capsys.readouterr()
         assert exit.value.code == 2 and out == "" and message in err and err.count("\n") == 1
+    write_pair(tmp_path)
+    save_heads(tmp_path / "heads.pt", make_gpt(9, 257, 256), DraftHeads(257, 8, 16), DraftHeads(257, 8, 16, markov=False))
+    with pytest.raises(SystemExit) as exit:
+        specdec.main(["--checkpoints", str(tmp_path), "--prompt", "x", "--max-new-tokens", "9", "--dtype", "float32"])
+    assert exit.value.code == 2 and "belong to another target" in capsys.readouterr().err
+    (tmp_path / "heads.pt").unlink()
+    with pytest.raises(SystemExit) as exit:
+        specdec.main(["--checkpoints", str(tmp_path), "--prompt", "x", "--max-new-tokens", "9", "--dtype", "float32", "--drafter", "heads"])
+    assert exit.value.code == 2 and "heads.pt is missing" in capsys.readouterr().err
     (tmp_path / "tiny.pt").write_bytes(b"")
     with pytest.raises(SystemExit):
         specdec.main(["--checkpoints", str(tmp_path), "--prompt", "x"])

@@ -41,11 +41,15 @@ def test_greedy_text_is_the_targets(pair):
         assert abs(logits[plain[same]] - logits[ours[same]]) < 1e-3
 
 
+def rows(draft, k):
+    return {"plain decoding": (None, 1, "rejection"), "draft model": (ModelDrafter(draft), k, "rejection")}
+
+
 def test_samples_follow_the_targets_own_law(pair, capsys):
     """--check with fewer samples: the first two tokens' joint law, for both ways of decoding."""
     target, draft, encoding = pair
     prompt = torch.tensor(encoding.encode_ordinary("    return self."))
-    assert check(target, draft, encoding, prompt, k=4, seed=1, n_samples=2000, level=FALSE_ALARM / N_P_VALUES)
+    assert check(target, rows(draft, 4), encoding, prompt, seed=1, n_samples=2000, level=FALSE_ALARM / N_P_VALUES)
     assert "both follow the target's law" in capsys.readouterr().out
 
 
@@ -53,5 +57,5 @@ def test_check_tells_a_wrong_rule(pair, capsys, monkeypatch):
     target, draft, encoding = pair
     monkeypatch.setitem(RULES, "rejection", wrong_rule)
     prompt = torch.tensor(encoding.encode_ordinary("import "))
-    assert not check(target, draft, encoding, prompt, k=2, seed=1, n_samples=4000)
+    assert not check(target, rows(draft, 2), encoding, prompt, seed=1, n_samples=4000)
     assert "MISMATCH" in capsys.readouterr().out

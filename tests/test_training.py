@@ -10,10 +10,10 @@ import torch
 
 import train_tiny
 from conftest import make_gpt
-from model import load_checkpoint
-from train_tiny import PRESETS, Preset, distillation_loss, held_out_alpha, held_out_windows, main, read_corpus, split_corpus
+from model import DraftHeads, load_checkpoint, load_heads
+from train_tiny import PRESETS, Preset, distillation_loss, heads_alpha, heads_loss, held_out_alpha, held_out_windows, main, read_corpus, split_corpus, write
 
-SMALL = Preset(280, 16, (2, 2, 8), (1, 1, 8), 4, (6, 4, 5), 3000)
+SMALL = Preset(280, 16, (2, 2, 8), (1, 1, 8), 8, 4, 2, (6, 4, 5, 3), 3000)
 
 
 @pytest.fixture
@@ -25,6 +25,12 @@ def corpus(tmp_path):
     return folder
 
 
+def weights(folder):
+    """Of all that a run writes: [{name: tensor}]"""
+    large, tiny = (load_checkpoint(folder / f"{name}.pt")[0] for name in ("large", "tiny"))
+    return [module.state_dict() for module in (large, tiny, *load_heads(folder / "heads.pt", large))]
+
+
 @pytest.fixture
 def train(monkeypatch, tmp_path, corpus):
     """train(folder, options) runs main with a preset that takes a second."""
@@ -32,7 +38,7 @@ def train(monkeypatch, tmp_path, corpus):
 
     def train(folder, *options):
         main(["--preset", "small", "--data", str(corpus), "--dtype", "float32", "--checkpoints", str(tmp_path / folder), *options])
-        return [load_checkpoint(tmp_path / folder / f"{name}.pt")[0].state_dict() for name in ("large", "tiny")]
+        return weights(tmp_path / folder)
 
     return train
 
@@ -42,11 +48,12 @@ def same(pairs, others):
 
 
 def test_a_run_writes_a_pair_and_reports_it(train, tmp_path, capsys):
-    large, tiny = train("out")
-    assert len(large) > len(tiny)
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["large.pt", "tiny.pt"]
+    large, tiny, markov, blind = train("out")
+    assert len(large) > len(tiny) and len(markov) > len(blind)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["heads.pt", "large.pt", "tiny.pt"]
     out = capsys.readouterr().out
-    for words in ("held-out loss of large", "held-out loss of tiny", "before distillation", "step     6/6", "tokens/s", "min", "left"):
+    for words in ("held-out loss of large", "held-out loss of tiny", "before distillation", "step     6/6", "tokens/s", "min", "left", "2/2 batches",
+                  "of the markov heads", "of the blind heads"):  # fmt: skip
         assert words in out
     encoding = load_checkpoint(tmp_path / "out" / "tiny.pt")[1]
     text = "line 7 of the text,\n"
@@ -58,12 +65,12 @@ def test_seeds(train):
     assert not same(train("a"), train("c", "--seed", "1"))
 
 
-@pytest.mark.parametrize("stage, step", [("large", 3), ("tiny", 1), ("distil", 2)])
+@pytest.mark.parametrize("stage, step", [("large", 3), ("tiny", 1), ("distil", 2), ("blind", 1)])
 def test_ctrl_c_loses_nothing(train, tmp_path, monkeypatch, capsys, stage, step):
     """Interrupted and continued, a run ends with the very weights of one that was not; a pair that was there stays till then."""
     expected = train("whole")
-    report = [line for line in capsys.readouterr().out.splitlines() if "held-out text" in line or "held-out loss" in line]
-    assert len(report) == 3
+    report = [line for line in capsys.readouterr().out.splitlines() if "acceptance rate on" in line or "held-out loss" in line or "of the" in line]
+    assert len(report) == 6
     other = train("out", "--seed", "9")
     show = train_tiny.Progress.show
 
@@ -77,10 +84,10 @@ def test_ctrl_c_loses_nothing(train, tmp_path, monkeypatch, capsys, stage, step)
         train("out")
     assert exit.value.code == 130 and f"step {step}" in capsys.readouterr().err
     assert (tmp_path / "out" / "partial.pt").exists()
-    assert same([load_checkpoint(tmp_path / "out" / f"{name}.pt")[0].state_dict() for name in ("large", "tiny")], other)
+    assert same(weights(tmp_path / "out"), other)
 
     monkeypatch.setattr(train_tiny.Progress, "show", show)
-    monkeypatch.setitem(PRESETS, "small", replace(SMALL, steps=(7, 4, 5)))
+    monkeypatch.setitem(PRESETS, "small", replace(SMALL, steps=(7, 4, 5, 3)))
     with pytest.raises(SystemExit):
         train("out")
     assert "other settings" in capsys.readouterr().err
@@ -142,7 +149,7 @@ def test_the_report_is_about_held_out_text(train, corpus, capsys, monkeypatch):
     def loss_of_large(out):
         return float(re.search(r"loss of large: ([\d.]+)", out)[1])
 
-    monkeypatch.setitem(PRESETS, "small", replace(SMALL, steps=(60, 1, 1)))
+    monkeypatch.setitem(PRESETS, "small", replace(SMALL, steps=(60, 1, 1, 1)))
     train("a")
     before = loss_of_large(capsys.readouterr().out)
     held_out = split_corpus(read_corpus(corpus))[1]
@@ -157,16 +164,95 @@ def test_distillation_raises_the_acceptance_rate():
     """A hundred steps on its loss bring the draft closer to the target; with draft = target alpha is 1 without an error."""
     large, tiny = make_gpt(1).float(), make_gpt(2).float().requires_grad_(True)
     windows = torch.randint(7, (16, 17), generator=torch.Generator().manual_seed(0))
+    hidden = large(windows)[1]
     context = torch.no_grad
     before, error = held_out_alpha(large, tiny, windows, "cpu", context)
     optimizer = torch.optim.Adam(tiny.parameters(), lr=0.01)
     for _ in range(100):
         optimizer.zero_grad()
-        distillation_loss(tiny, large, windows).backward()
+        distillation_loss(tiny, large.wte.weight, windows, hidden).backward()
         optimizer.step()
     after, _ = held_out_alpha(large, tiny, windows, "cpu", context)
     assert 0 < error < 0.1 and after > before + 0.1
     assert held_out_alpha(large, large, windows, "cpu", context) == pytest.approx((1, 0), abs=1e-6)
+
+
+def test_heads_learn_to_count():
+    """0 1 2 .. 6 0 1 ..: guess i after token t is t + i + 1, at any position, also beyond those they are trained on."""
+    torch.manual_seed(0)
+    wte, heads = 5 * torch.eye(7), DraftHeads(7, 7, 32)
+    texts = (torch.arange(7)[:, None] + torch.arange(40)) % 7
+    hidden = wte[(texts + 1) % 7]  # a target that is sure of the next token
+    start = torch.arange(30).expand(7, -1)
+    optimizer = torch.optim.Adam(heads.parameters(), lr=0.01)
+    before, error = heads_alpha(heads, wte, texts, hidden)
+    for _ in range(300):
+        optimizer.zero_grad()
+        heads_loss(heads, wte, texts, hidden, start)[0].backward()
+        optimizer.step()
+    after, _ = heads_alpha(heads, wte, texts, hidden)
+    assert before.shape == error.shape == (4,) and (before < 0.4).all() and (after > 0.9).all()
+    state = wte[[4]][None]  # the state at token 3
+    guesses = []
+    for token in range(4, 10):
+        logits, state = heads(state, torch.tensor([[token % 7]]))
+        guesses.append(logits.argmax().item())
+    assert guesses == [5, 6, 0, 1, 2, 3]
+    assert (heads.acceptance(state) > 0.8).all()  # and they know that they are right
+
+
+def test_the_confidence_learns_how_often_guesses_are_accepted():
+    """A target as good as a coin, and heads that cannot know: half of the guesses are accepted."""
+    torch.manual_seed(0)
+    wte, heads = 20 * torch.eye(2), DraftHeads(2, 2, 8, markov=False)
+    texts = torch.randint(2, (64, 20))
+    hidden, start = wte[texts.roll(-1, 1)].float(), torch.arange(14).expand(64, -1)
+    optimizer = torch.optim.Adam(heads.parameters(), lr=0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        heads_loss(heads, wte, texts, hidden, start)[0].backward()
+        optimizer.step()
+    logits, state = heads(hidden[:, 3:4], texts[:, 4:5])
+    assert 0.35 < heads.acceptance(state).mean() < 0.65
+
+
+def test_large_writes_after_prompts_of_the_corpus():
+    large, tokens = make_gpt(1).float(), torch.arange(100, dtype=torch.int32) % 7
+    texts = write(large, tokens, 5, 1.0, seed=3)
+    assert texts.shape == (5, 48) and texts.dtype == torch.int32
+    assert all(((text[1:3] - text[:2]) % 7 == 1).all() for text in texts)
+    assert torch.equal(texts, write(large, tokens, 5, 1.0, seed=3)) and not torch.equal(texts, write(large, tokens, 5, 1.0, seed=4))
+
+
+def test_distill_keeps_large_and_goes_on_with_tiny(train, tmp_path, capsys):
+    large, tiny, *heads = train("out")
+    capsys.readouterr()
+    large2, tiny2, *heads2 = train("out", "--distill")
+    assert same([large], [large2]) and not same([tiny], [tiny2]) and not same(heads, heads2)
+    out = capsys.readouterr().out
+    assert "before distillation" in out and "\nlarge   step" not in out and "\ntiny    step" not in out
+    assert not (tmp_path / "out" / "partial.pt").exists()
+    with pytest.raises(SystemExit) as exit:
+        train("nowhere", "--distill")
+    assert exit.value.code == 2 and "large.pt" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_large_writes_keeps_what_is_written(train, tmp_path, monkeypatch, capsys):
+    expected = train("whole")
+    calls = []
+
+    def write_once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    monkeypatch.setattr(train_tiny, "write", write_once)
+    with pytest.raises(SystemExit) as exit:
+        train("out")
+    assert exit.value.code == 130
+    assert same(train("out"), expected)
+    assert len(calls) == 4  # one batch, the interrupted one, the same again, and the held-out one
 
 
 def test_a_damaged_partial_run_is_refused(train, tmp_path, capsys):
