@@ -632,7 +632,7 @@ class AutoK(FixedK):
     alpha, and what a guess and the rest of a round cost, come from the rounds behind; k = 0, plain decoding, is one of the
     choices, and the right one where speculation loses. What lies ahead is not looked at, so the law stays the target's. The
     past counts less and less, and alpha drifts back to where it started: so guessing is tried again now and then.
-    times: the seconds of the target's pass over 1, 2, .., most+1 tokens, as from `pass_seconds`.
+    times: the seconds of the target's pass over 1, 2, .., most+1 tokens, as from `target_times`.
     """
 
     def __init__(self, times):
@@ -688,27 +688,22 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
         raise ValueError("the prompt is empty")
     if prompt.ndim != 2 or prompt.dtype != torch.int64:
         raise ValueError(f"the prompt must be token ids, (T,) or (B, T) int64; it is {tuple(prompt.shape)} {prompt.dtype}")
-    length = prompt.shape[1] + max_new_tokens
-    if not 0 <= prompt.min() <= prompt.max() < target.config.vocab_size:
-        raise ValueError(f"the prompt has tokens outside 0..{target.config.vocab_size - 1}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it cannot be negative")
-    if length > target.config.block_size:
-        raise ValueError(f"prompt and budget are {length} tokens; the target's block_size is {target.config.block_size}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top-k is {top_k}; it must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top-p is {top_p}; it must be above 0 and at most 1")
-    if not isinstance(k, FixedK) and k != "auto" and not (isinstance(k, int) and 1 <= k < target.config.block_size):
-        raise ValueError(f"k is {k}; it must be at least 1 and below the block_size, {target.config.block_size}, or \"auto\"")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; it must be 0 or more and below 2^63")
-    if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}; there is: {', '.join(RULES)}")
-    if isinstance(drafter, TreeDrafter) and (rule != "rejection" or not isinstance(k, int)):
-        raise ValueError("a tree has a rule of its own, recursive rejection, and a fixed shape")
+    length, c = prompt.shape[1] + max_new_tokens, target.config
+    known_k = isinstance(k, FixedK) or k == "auto" or isinstance(k, int) and 1 <= k < c.block_size
+    for right, message in (
+        (0 <= prompt.min() <= prompt.max() < c.vocab_size, f"the prompt has tokens outside 0..{c.vocab_size - 1}"),
+        (max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}; it cannot be negative"),
+        (length <= c.block_size, f"prompt and budget are {length} tokens; the target's block_size is {c.block_size}"),
+        (0 <= temperature < float("inf"), f"temperature is {temperature}; it must be 0 (greedy) or more"),
+        (top_k is None or top_k >= 1, f"top-k is {top_k}; it must be at least 1"),
+        (top_p is None or 0 < top_p <= 1, f"top-p is {top_p}; it must be above 0 and at most 1"),
+        (known_k, f'k is {k}; it must be at least 1 and below the block_size, {c.block_size}, or "auto"'),
+        (seed is None or 0 <= seed < 2**63, f"seed is {seed}; it must be 0 or more and below 2^63"),
+        (rule in RULES, f"unknown rule {rule!r}; there is: {', '.join(RULES)}"),
+        (not isinstance(drafter, TreeDrafter) or rule == "rejection" and isinstance(k, int), "a tree has a rule of its own, recursive rejection, and a fixed shape"),
+    ):
+        if not right:
+            raise ValueError(message)
     law = functools.partial(to_probs, temperature=temperature, top_k=top_k, top_p=top_p)
     generator = torch.Generator(prompt.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
@@ -720,16 +715,16 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
     if isinstance(drafter, TreeDrafter):
         k = len(drafter.shape)
     elif k == "auto":
-        k = AutoK(pass_seconds(target, len(prompt), length // 2, 6))
+        k = AutoK(target_times(target, len(prompt), length // 2, 6))
     k = FixedK(k) if isinstance(k, int) else k
     return speculative_rounds(target, drafter, prompt, max_new_tokens, k, RULES[rule], law, eos, generator)
 
 
 @torch.inference_mode()
-def pass_seconds(model, B, length, most, repeats=5):
-    """Median seconds of a pass over 1, 2, .., most+1 tokens in each of B rows, behind a cache that holds `length` tokens."""
-    tokens = torch.zeros(B, max(most + 1, length), dtype=torch.int64, device=model.wte.weight.device)
-    cache = model.new_cache(B, length + most + 1)
+def passes(model, B, length, sizes):
+    """{n: a function that runs the model over n tokens in each of B rows, behind a cache that holds `length` tokens}."""
+    tokens = torch.zeros(B, max(*sizes, length), dtype=torch.int64, device=model.wte.weight.device)
+    cache = model.new_cache(B, length + max(sizes))
     model(tokens[:, :length], cache)
 
     @torch.inference_mode()
@@ -737,7 +732,12 @@ def pass_seconds(model, B, length, most, repeats=5):
         model(tokens[:, :n], cache)
         cache.rollback(length)
 
-    return list(median_seconds({n: functools.partial(run, n) for n in range(1, most + 2)}, repeats).values())
+    return {n: functools.partial(run, n) for n in sizes}
+
+
+def target_times(target, B, length, most):
+    """Seconds of the target's pass over 1, 2, .., most+1 tokens."""
+    return list(median_seconds(passes(target, B, length, range(1, most + 2)), 5).values())
 
 
 def median_seconds(calls, repeats=20):
@@ -786,7 +786,7 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None):
     folder, device = Path(folder), find_device(device)
     if dtype is None:
         both = {d: load_checkpoint(folder / "large.pt", device, d) for d in (torch.float32, torch.bfloat16)}
-        seconds = median_seconds({d: one_pass(model, 1, 1, 64) for d, (model, _) in both.items()})
+        seconds = median_seconds({d: passes(model, 1, 64, (1,))[1] for d, (model, _) in both.items()})
         dtype = min(seconds, key=seconds.get)
         target, encoding = both[dtype]
     else:
@@ -795,21 +795,6 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None):
     if other._mergeable_ranks != encoding._mergeable_ranks or other._pat_str != encoding._pat_str:
         raise ValueError(f"large.pt and tiny.pt in {folder} have different tokenizers: their token ids do not mean the same")
     return target, draft, encoding
-
-
-@torch.inference_mode()
-def one_pass(model, B, n, length):
-    """A function that runs the model once over n tokens a row, behind a cache that holds `length` tokens."""
-    tokens = torch.zeros(B, max(n, length), dtype=torch.int64, device=model.wte.weight.device)
-    cache = model.new_cache(B, length + n)
-    model(tokens[:, :length], cache)
-
-    @torch.inference_mode()
-    def run():
-        model(tokens[:, :n], cache)
-        cache.rollback(length)
-
-    return run
 
 
 def tell(passes, encoding, prompt=""):
@@ -856,12 +841,12 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
     -> {name: Stats}, {name: [speed-up in each turn]}, {n: median seconds of the target's pass over n tokens}.
     """
     B, middle = len(prompts[0]), len(prompts[0][0]) + max_new_tokens // 2
-    times = pass_seconds(target, B, middle, 8)
+    times = target_times(target, B, middle, 8)
     for drafter, *_ in rows.values():
         if isinstance(drafter, HeadsDrafter) and drafter.times is not None:
             drafter.times = times
     rows = {name: (drafter, AutoK(times) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
-    stats, speed_ups, passes = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
+    stats, speed_ups, seconds_of = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
     start, i = now(), 0
     while i < len(prompts) or (now() - start < seconds and i < 5 * len(prompts)):
         prompt = prompts[i % len(prompts)]
@@ -874,10 +859,10 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
             plain = speed if drafter is None else plain
             speed_ups[name].append(speed / plain)
         sizes = sorted({size for s in stats.values() for size in s.sizes})
-        for size, t in median_seconds({size: one_pass(target, B, size, middle) for size in sizes}, 3).items():
-            passes.setdefault(size, []).append(t)
+        for size, t in median_seconds(passes(target, B, middle, sizes), 3).items():
+            seconds_of.setdefault(size, []).append(t)
         i += 1
-    return stats, speed_ups, {size: statistics.median(t) for size, t in passes.items()}
+    return stats, speed_ups, {size: statistics.median(t) for size, t in seconds_of.items()}
 
 
 def predict(stats, times, B):
@@ -1007,7 +992,7 @@ def sweep(target, draft, rows, prompts, max_new_tokens, **options):
     """Print what a pass costs, the floor that memory sets, and the speed-up against k and against batch size, as text plots."""
     length = len(prompts[0][0]) + max_new_tokens // 2
     print("milliseconds of a pass over n tokens, and in passes over one token")
-    times = [pass_seconds(model, 1, length, 15) for model in (target, draft)]
+    times = [target_times(model, 1, length, 15) for model in (target, draft)]
     for n in range(1, 17):
         print(f"  n = {n:2}   " + "   ".join(f"{name} {1000 * t[n - 1]:6.2f} ({t[n - 1] / t[0]:.2f})" for name, t in zip(("target", "draft"), times)))
     block = torch.zeros(2**26, dtype=torch.float32, device=target.wte.weight.device)
