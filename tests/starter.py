@@ -8,8 +8,9 @@ from pathlib import Path
 
 SPECDEC = Path(__file__).parent.parent / "specdec.py"
 EXERCISES = (
-    "to_probs", "bernoulli", "categorical", "plain_rounds", "verify", "ModelDrafter.propose", "ModelDrafter.rollback",
-    "speculative_rounds", "expected_tokens", "expected_speed_up", "best_k",
+    "to_probs", "bernoulli", "categorical", "plain_rounds", "ratio", "residual", "verify", "Drafter.propose", "ModelDrafter.begin",
+    "ModelDrafter.commit", "speculative_rounds", "expected_tokens", "expected_speed_up", "best_k", "NGramDrafter.propose", "verify_block",
+    "verify_coupled", "ancestors",
 )  # fmt: skip
 
 

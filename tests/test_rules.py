@@ -61,6 +61,21 @@ def test_block_takes_zero_rows_and_nan_for_no_guess():
     assert n.tolist() == [0, 1, 1] and token.tolist() == [1, 0, 0]
 
 
+def test_block_with_a_guess_that_is_broken_keeps_the_law_of_the_one_before():
+    target, even = law_of([[[7, 3], [1, 4], [1, 1]]]), law_of([1, 1])
+    draft = torch.stack((even, torch.full((2,), float("nan")).double()))[None]
+    law = torch.zeros(2).double()
+
+    def first_token():
+        guesses = torch.stack((specdec.categorical(even[None])[0], torch.tensor(0)))[None]
+        n, token = verify_block(target, draft, guesses)
+        return guesses[0, 0].item() if n else token.item()
+
+    for token, p in outcomes(first_token):
+        law[token] += p
+    torch.testing.assert_close(law, target[0, 0], rtol=0, atol=1e-12)
+
+
 # -- coupled
 
 

@@ -13,7 +13,8 @@ import torch
 
 import specdec
 from conftest import FALSE_ALARM, N_P_VALUES, make_gpt, wrong_rule
-from specdec import ModelDrafter, generate, pearson, to_probs
+from model import DraftHeads
+from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, generate, pearson, to_probs
 
 LEVEL = FALSE_ALARM / N_P_VALUES
 N = 150_000
@@ -30,9 +31,20 @@ def visible_tv(cells, n):
     return math.sqrt(noncentrality / (4 * n))
 
 
-def sample(k, seed, n=N, **options):
+def make_drafters():
+    torch.manual_seed(3)
+    heads = DraftHeads(V, 8, 8).double().requires_grad_(False)
+    for weight in heads.parameters():
+        weight.normal_()
+    return {
+        "model": ModelDrafter(DRAFT), "ngram": NGramDrafter(), "heads": HeadsDrafter(heads),
+        "tree": TreeDrafter(ModelDrafter(DRAFT), (2, 1, 2)), "tree of heads": TreeDrafter(HeadsDrafter(heads), (2, 2), top=True),
+    }  # fmt: skip
+
+
+def sample(k, seed, n=N, drafter="model", **options):
     """Counts (V ** LENGTH,) of the texts that n rows emit, and their Stats. k = 0: plain decoding."""
-    drafter = ModelDrafter(DRAFT) if k else None
+    drafter = make_drafters()[drafter] if k else None
     result = generate(TARGET, PROMPT.expand(n, -1), LENGTH, drafter=drafter, k=k or 1, seed=seed, **options)
     codes = torch.tensor(result.tokens) @ V ** torch.arange(LENGTH - 1, -1, -1)
     return torch.bincount(codes, minlength=V**LENGTH).double(), result.stats
@@ -56,6 +68,22 @@ def test_samples_follow_the_exact_law(k, options):
     assert p > LEVEL, f"TV {tv:.4f}, by chance {chance:.4f}, visible from {visible_tv(cells, N):.4f}"
     if k and not options:
         assert 0.3 < stats.acceptance_rate < 0.8  # guesses were rejected, so the residual was drawn from
+
+
+@pytest.mark.parametrize("drafter, rule", [("model", "block"), ("model", "coupled"), ("ngram", "rejection"), ("ngram", "block"), ("ngram", "coupled"),
+    ("heads", "rejection"), ("heads", "block"), ("heads", "coupled"), ("tree", "rejection"), ("tree of heads", "rejection")])  # fmt: skip
+def test_samples_by_every_drafter_and_rule_follow_the_exact_law(drafter, rule):
+    """A quarter of the samples for each: half as sharp an eye, on what test_law.py has proved."""
+    counts, stats = sample(3, 50, N // 4, drafter, rule=rule)
+    _, cells, p, tv, chance = pearson(counts, exact() * (N // 4))
+    assert p > LEVEL, f"TV {tv:.4f}, by chance {chance:.4f}, visible from {visible_tv(cells, N // 4):.4f}"
+    assert 0.1 < stats.acceptance_rate < 0.9
+
+
+def test_the_lossy_rule_is_caught():
+    counts, _ = sample(2, 5, N // 4, rule="lossy-typical")
+    _, cells, p, tv, chance = pearson(counts, exact() * (N // 4))
+    assert p < 1e-9 and tv > 3 * chance
 
 
 def test_speculation_and_plain_decoding_agree_with_each_other():

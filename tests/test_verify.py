@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import specdec
 from enumerator import outcomes
-from specdec import verify
+from specdec import ratio, residual, verify
 
 
 def law_of(weights):
@@ -24,6 +24,18 @@ def drawn_from(monkeypatch):
 
 
 TARGET, DRAFT = law_of([[[7, 3], [1, 4]]]), law_of([[[1, 1]]])  # README's example, and a law for the bonus
+
+
+def test_ratio_alone():
+    """.7 / .5 and .3 / .5; nothing where nothing was guessed, or something broken."""
+    target, draft = law_of([[7, 3]] * 4), torch.tensor([[0.5, 0.5], [0.5, 0.5], [0, 0], [float("nan")] * 2]).double()
+    assert ratio(target, draft, torch.tensor([0, 1, 0, 1])).tolist() == pytest.approx([1.4, 0.6, 0, 0])
+
+
+def test_residual_alone():
+    """max(0, (.7, .3) - (.5, .5)) = (.2, 0), scaled to (1, 0); of equal or broken laws nothing is left, and the target's law stays."""
+    target, draft = law_of([[7, 3]] * 4), torch.tensor([[0.5, 0.5], [0, 0], [0.7, 0.3], [float("nan")] * 2]).double()
+    torch.testing.assert_close(residual(target, draft), torch.tensor([[1, 0], [0.7, 0.3], [0.7, 0.3], [0.7, 0.3]]).double())
 
 
 def test_accept_by_hand(monkeypatch):
