@@ -12,7 +12,8 @@ make it wrong.
              3. a RULE judges: keep a prefix of the guesses, then one more token (correction or bonus)
              4. commit 1..k+1 tokens; roll both caches back to what was committed
 
-Read on from here to the command line at the bottom: sampling, plain decoding, the rule, the drafter, the loop.
+Read on from here to the command line at the bottom: sampling, plain decoding, the rules, the drafters, the loop. On a first
+reading, `verify` is rule enough and `ModelDrafter` drafter enough; the others are variations, and the loop knows none by name.
 
 Leviathan, Kalman, Matias 2022 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318). The two papers use p and q the opposite
 way round, so the laws are called target_probs and draft_probs here, always.
@@ -916,9 +917,6 @@ predicted            tau x T(1) / (T(tokens in a pass) + draft + rest), T(n) = t
 alpha                acceptance rate: accepted / judged guesses; and as the laws have it, mean of sum min(target, draft)
 tau                  tokens per pass of the target; theory for a chain of k guesses: (1 - alpha^(k+1)) / (1 - alpha)
 draft, verify, rest  where the time goes: guessing, passes of the target, everything else"""
-
-
-
 
 
 def pearson(observed, expected):

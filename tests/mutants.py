@@ -239,7 +239,7 @@ CATALOGUE = [
     Mutant("P1", "heads start from the state of the last guess, accepted or not", "-", "specdec.py",
            "hidden[row[:, 0], (n_new - 1).clamp(min=0)]", "hidden[:, -1]", "drafter"),
     Mutant("P2", "nodes of a tree continue another node's state", "-", "specdec.py",
-           "self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)", "self.state.repeat(1, tokens.shape[1] // self.state.shape[1], 1)", "law tree"),
+           "self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)", "self.state.repeat(1, tokens.shape[1] // self.state.shape[1], 1)", "tree law"),
     Mutant("P3", "the length is chosen by the guess in question", "DESIGN, invariant 8", "specdec.py",
            "            if not self.go_on(len(probs)):\n                break\n            probs.append(law(logits[:, -1]))\n            tokens.append(categorical(probs[-1], generator, len(probs) - 1)[:, None])\n",
            "            probs.append(law(logits[:, -1]))\n            tokens.append(categorical(probs[-1], generator, len(probs) - 1)[:, None])\n            if (tokens[-1] == 0).all():\n                return torch.cat(tokens[:-1], 1), torch.stack(probs[:-1], 1) if probs[:-1] else probs[-1][:, None][:, :0]\n", "law"),

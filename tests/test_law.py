@@ -179,7 +179,7 @@ def test_every_drafter_with_every_rule(drafter, rule, k):
     assert 0.1 < alpha < 0.95
 
 
-@pytest.mark.parametrize("drafter", ["model", "ngram", "heads"])
+@pytest.mark.parametrize("drafter", ["ngram", "heads"])
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 def test_every_drafter_with_three_tokens(drafter, rule):
     assert_same_law(gpts(AGREE_HALFWAY[3], 3)[0], None, [[1, 0, 1]], 3, 2, drafter=make_drafters(3)[drafter], rule=rule)
@@ -213,7 +213,7 @@ TREES = {"2,1": (2, 1), "1,2": (1, 2), "2,2": (2, 2), "3": (3,)}
 @pytest.mark.parametrize("top", [False, True])
 def test_trees(widths, drafter, top):
     """Children drawn without replacement, or the best ones; also when there are more of them than tokens."""
-    for V in (2, 3) if widths != (2, 2) else (2,):
+    for V in (2, 3) if widths in ((3,), (1, 2)) else (2,):
         target = gpts(AGREE_HALFWAY[V], V)[0]
         assert_same_law(target, None, [[1, 0]], 3, 1, drafter=TreeDrafter(make_drafters(V)[drafter], widths, top))
 

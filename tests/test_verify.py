@@ -26,16 +26,16 @@ def drawn_from(monkeypatch):
 TARGET, DRAFT = law_of([[[7, 3], [1, 4]]]), law_of([[[1, 1]]])  # README's example, and a law for the bonus
 
 
-def test_ratio_alone():
+def test_ratio_by_itself():
     """.7 / .5 and .3 / .5; nothing where nothing was guessed, or something broken."""
-    target, draft = law_of([[7, 3]] * 4), torch.tensor([[0.5, 0.5], [0.5, 0.5], [0, 0], [float("nan")] * 2]).double()
+    target, draft = law_of([[7, 3]] * 4), torch.tensor([[0.5, 0.5], [0.5, 0.5], [0, 0], [float("nan")] * 2], dtype=torch.float64)
     assert ratio(target, draft, torch.tensor([0, 1, 0, 1])).tolist() == pytest.approx([1.4, 0.6, 0, 0])
 
 
-def test_residual_alone():
+def test_residual_by_itself():
     """max(0, (.7, .3) - (.5, .5)) = (.2, 0), scaled to (1, 0); of equal or broken laws nothing is left, and the target's law stays."""
-    target, draft = law_of([[7, 3]] * 4), torch.tensor([[0.5, 0.5], [0, 0], [0.7, 0.3], [float("nan")] * 2]).double()
-    torch.testing.assert_close(residual(target, draft), torch.tensor([[1, 0], [0.7, 0.3], [0.7, 0.3], [0.7, 0.3]]).double())
+    target, draft = law_of([[7, 3]] * 4), torch.tensor([[0.5, 0.5], [0, 0], [0.7, 0.3], [float("nan")] * 2], dtype=torch.float64)
+    torch.testing.assert_close(residual(target, draft), torch.tensor([[1, 0], [0.7, 0.3], [0.7, 0.3], [0.7, 0.3]], dtype=torch.float64))
 
 
 def test_accept_by_hand(monkeypatch):
