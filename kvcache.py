@@ -14,7 +14,8 @@ import torch.nn.functional as F
 class KVCache:
     """Keys and values of B rows, each filled up to its own length.
 
-    k, v:    (n_layer, B, n_head, max_length, head_dim); slot t of row b belongs to the token at position t
+    k, v:    (n_layer, B, n_head, max_length, head_dim); slot t of row b belongs to the token at position t, but for the
+             nodes of a tree, until `keep` has put those on the accepted path in order
     length:  (B,) int64, the number of tokens that each row holds
 
     One pass of a model over T new tokens calls `extend(T)` once, then `write` once per layer.
@@ -48,16 +49,18 @@ class KVCache:
         self._visible = self._kv[..., :S, :].unbind(1)  # of each layer: (2, B, n_head, S, head_dim)
         if shortest == longest:  # then one slice serves all rows, faster than an index per row
             self._new = self._kv[..., longest:S, :].unbind(1)
-            positions = self._slot[longest:S]
-            mask = None if T == 1 else self._causal[longest:S, :S]
         else:
-            self._new = None
-            positions = self._slots = self.length[:, None] + self._slot[:T]
-            mask = self._causal[positions, :S][:, None]
+            self._new, self._slots = None, self.length[:, None] + self._slot[:T]
             # Hidden slots get weight 0, but 0 * NaN is NaN: whatever a shorter row has beyond its end becomes 0 as well.
             stale = self._slot[shortest + T : S] >= self.length[:, None] + T
             self._kv[..., shortest + T : S, :].masked_fill_(stale[:, None, :, None], 0)
-        if tree is not None:
+        if tree is None and self._new:
+            positions = self._slot[longest:S]
+            mask = None if T == 1 else self._causal[longest:S, :S]
+        elif tree is None:
+            positions = self._slots
+            mask = self._causal[positions, :S][:, None]
+        else:
             M = tree.shape[1]
             root = self.length[:, None] + T - M  # where the tree begins in each row: all before it is visible, nothing behind it
             positions = root + tree.sum(1) - 1

@@ -23,6 +23,7 @@ Letters in shapes: B rows of a batch, k guesses, V = vocab_size.
 import argparse
 import codecs
 import functools
+import math
 import os
 import signal
 import statistics
@@ -90,7 +91,10 @@ def categorical(probs, generator=None, ahead=0):
 
 
 class Noise:
-    """For the coupled rule: races whose u depend on nothing but seed, row, position and token, whoever runs them, however often."""
+    """For the coupled rule: races whose u are a matter of row, position and token, whoever runs them, and however often.
+
+    They follow from the seed, and from the sizes: another number of rows, or a longer text, is another table.
+    """
 
     def __init__(self, generator, B, max_length, V):
         self.table = torch.rand(max_length, B, V, generator=generator, device=generator.device, dtype=torch.float64).log_().clamp_(min=-1e3)
@@ -100,7 +104,7 @@ class Noise:
     def log_u(self, ahead):
         """(B, V) for the token at position here + ahead; for ahead (n,), the n of them: (B, n, V)."""
         position, row = (self.here + ahead, self.row) if isinstance(ahead, int) else (self.here[:, None] + ahead, self.row[:, None])
-        return self.table[position.clamp(max=len(self.table) - 1), row]  # what is behind the end is not emitted
+        return self.table[position.clamp(max=len(self.table) - 1), row]  # what is drawn past the budget is never emitted
 
 
 # -- plain decoding ----------------------------------------------------------------------------------------------------------
@@ -110,7 +114,7 @@ class Noise:
 class Round:
     """What one pass of the target came to, in each of B rows. Plain decoding is the case of no guesses, k = 0.
 
-    Of a token tree, only the path that was accepted, and one more level, is told here.
+    Of a token tree, the path that was accepted is told here; k is its depth, and what lies behind the accepted nodes is arbitrary.
     """
 
     tokens: torch.Tensor  # (B, k+1) int64: accepted guesses, then the rule's own token; the rest has no meaning
@@ -172,17 +176,26 @@ def verify(target_probs, draft_probs, draft_tokens, generator=None):
         Together (.5 + .2, .3) = (.7, .3): the target's law. The guess is kept with probability .8 = min(.7,.5) + min(.3,.5).
     """
     # Keep x_i with probability min(1, target / draft), up to the first rejection.
-    kept = bernoulli(ratio(target_probs[:, :-1], draft_probs, draft_tokens).clamp(max=1), generator)
-    n_accepted = kept.cumprod(-1).sum(-1)
+    n_accepted = leading(bernoulli(ratio(target_probs[:, :-1], draft_probs, draft_tokens).clamp(max=1), generator))
     # Then the residual there. Behind the last guess nothing is subtracted: with a draft law of zeros, the bonus is no special case.
-    row, draft_probs = torch.arange(len(draft_tokens), device=draft_tokens.device), F.pad(draft_probs, (0, 0, 0, 1))
-    return n_accepted, categorical(residual(target_probs[row, n_accepted], draft_probs[row, n_accepted]), generator)
+    draft_probs = F.pad(draft_probs, (0, 0, 0, 1))
+    return n_accepted, categorical(residual(at(target_probs, n_accepted), at(draft_probs, n_accepted)), generator)
+
+
+def leading(kept):
+    """How many come before the first False: (B, k) bool -> (B,)."""
+    return kept.cumprod(-1).sum(-1)
+
+
+def at(x, i):
+    """x[b, i[b]] for every row b: (B, n, ..), (B,) -> (B, ..)."""
+    return x[torch.arange(len(i), device=i.device), i]
 
 
 def ratio(target_probs, draft_probs, tokens):
     """target / draft at the tokens: laws (..., V), tokens (...). 0 where there was no guess, or a broken one (NaN)."""
     target_x, draft_x = (probs.gather(-1, tokens[..., None])[..., 0] for probs in (target_probs, draft_probs))
-    return torch.where(draft_x > 0, target_x / draft_x, 0)
+    return torch.where(draft_x > 0, (target_x / draft_x).clamp(max=1e30), 0)  # finite, for `verify_block` multiplies
 
 
 def residual(target_probs, draft_probs):
@@ -206,11 +219,10 @@ def verify_block(target_probs, draft_probs, draft_tokens, generator=None):
     draft_probs = F.pad(draft_probs.nan_to_num(0), (0, 0, 0, 1))  # no guess, or a broken one: then h_i = w_i, as for i = k
     weighted = weight[..., None] * target_probs
     mass = (weighted - draft_probs).clamp_(min=0).sum(-1)  # Z_i, (B, k+1)
-    h = torch.where(mass + 1 - weight > 0, mass / (mass + 1 - weight), 1)
+    h = torch.where(weight < 1, mass / (mass + 1 - weight), 1)
     kept = F.pad(bernoulli(h[:, 1:], generator), (1, 0), value=True)
     n_accepted = (kept * torch.arange(len(weights), device=kept.device)).amax(1)  # the *last* one kept, whatever came before it
-    row = torch.arange(len(kept), device=kept.device)
-    return n_accepted, categorical(residual(weighted[row, n_accepted], draft_probs[row, n_accepted]), generator)
+    return n_accepted, categorical(residual(at(weighted, n_accepted), at(draft_probs, n_accepted)), generator)
 
 
 def verify_coupled(target_probs, draft_probs, draft_tokens, noise=None):
@@ -221,19 +233,16 @@ def verify_coupled(target_probs, draft_probs, draft_tokens, noise=None):
     """
     k = draft_tokens.shape[1]
     own = categorical(target_probs, noise, torch.arange(k + 1, device=draft_tokens.device))
-    kept = (own[:, :k] == draft_tokens) & (draft_probs != 0).any(-1)
-    n_accepted = kept.cumprod(-1).sum(-1)
-    return n_accepted, own.gather(1, n_accepted[:, None])[:, 0]
+    n_accepted = leading((own[:, :k] == draft_tokens) & (draft_probs != 0).any(-1))
+    return n_accepted, at(own, n_accepted)
 
 
 def accept_typical_lossy(target_probs, draft_probs, draft_tokens, generator=None):
-    """NOT exact, for contrast: Medusa's typical acceptance (arXiv 2401.10774). Keep whatever is not too unlikely: target > min(.09, .3 e^-H)."""
+    """NOT exact, for contrast: Medusa's typical acceptance (arXiv 2401.10774). Keep what is not too unlikely: above min(.09, .3 e^-H)."""
     entropy = torch.special.entr(target_probs[:, :-1]).sum(-1)
     target_x = target_probs[:, :-1].gather(-1, draft_tokens[..., None])[..., 0]
-    kept = (target_x > (0.3 * (-entropy).exp()).clamp(max=0.09)) & (draft_probs != 0).any(-1)
-    n_accepted = kept.cumprod(-1).sum(-1)
-    row = torch.arange(len(n_accepted), device=n_accepted.device)
-    return n_accepted, categorical(target_probs[row, n_accepted], generator)
+    n_accepted = leading((target_x > (0.3 * (-entropy).exp()).clamp(max=0.09)) & (draft_probs != 0).any(-1))
+    return n_accepted, categorical(at(target_probs, n_accepted), generator)
 
 
 RULES = {"rejection": verify, "block": verify_block, "coupled": verify_coupled, "lossy-typical": accept_typical_lossy}
@@ -248,26 +257,26 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     drawn from *given its elder siblings*. -> n_accepted (B,), next_token (B,), and the path, (B, len(widths) + 1) int64: the
     accepted nodes from node 0 on; behind the last, any.
     """
-    row = torch.arange(len(draft_tokens), device=draft_tokens.device)
-    path = [torch.zeros_like(row)]
-    law, going, first, n_level = target_probs[:, 0], torch.ones_like(row, dtype=torch.bool), 1, 1
-    n_accepted = torch.zeros_like(row)
+    n_accepted = torch.zeros_like(draft_tokens[:, 0])
+    path, going, left_of_target = [n_accepted], n_accepted == 0, target_probs[:, 0]
+    first, n_level = 1, 1  # of the level below: its first node; of the level above: its size
     for width in widths:
         eldest = first + (path[-1] - (first - n_level)) * width
         node, left = eldest, going
         for child in range(width):
             x = eldest + child
-            keep = ratio(law, draft_probs[row, x - 1], draft_tokens[row, x - 1]).clamp(max=1)
+            draft_law = at(draft_probs, x - 1)
+            keep = ratio(left_of_target, draft_law, at(draft_tokens, x - 1)).clamp(max=1)
             kept = bernoulli(torch.where(left, keep, 0), generator)
             # Not this one: what is left of the target's law is judged against the next sibling's.
-            law = torch.where((left & ~kept)[:, None], residual(law, draft_probs[row, x - 1]), law)
+            left_of_target = torch.where((left & ~kept)[:, None], residual(left_of_target, draft_law), left_of_target)
             node, left = torch.where(kept, x, node), left & ~kept
         going = going & ~left
-        law = torch.where(going[:, None], target_probs[row, node], law)
-        n_accepted += going
+        left_of_target = torch.where(going[:, None], at(target_probs, node), left_of_target)
+        n_accepted = n_accepted + going
         path.append(node)
         first, n_level = first + n_level * width, n_level * width
-    return n_accepted, categorical(law, generator), torch.stack(path, 1)
+    return n_accepted, categorical(left_of_target, generator), torch.stack(path, 1)
 
 
 # -- the drafters ------------------------------------------------------------------------------------------------------------
@@ -281,7 +290,8 @@ class Drafter:
     """
 
     seconds = 0.0  # spent in passes
-    extra = 0  # guesses in a round beyond k
+    extra = 0  # nodes of a tree, for which the caches need room
+    going = True  # (B,) bool, kept up to date by the loop: rows that have not ended
     tree = None  # of this round's guesses, (N+1, N+1), see `ancestors`; None: they are a chain
 
     def check(self, target, length):
@@ -369,13 +379,13 @@ class NGramDrafter(Drafter):
     def propose(self, text, length, k, law, generator):
         start = now()
         behind = torch.zeros_like(length)  # where the longest, latest match so far ends
-        for n in range(1, self.max_n + 1):
+        for n in range(1, min(self.max_n, text.shape[1]) + 1):
             last = text.gather(1, (length[:, None] - n + torch.arange(n, device=text.device)).clamp(min=0))
             windows = text.unfold(1, n, 1)  # (B, L - n + 1, n)
             end = torch.arange(n, text.shape[1] + 1, device=text.device)  # of each window; it must end before the text does
             match = (windows == last[:, None]).all(-1) & (end < length[:, None])
             behind = torch.where(match.any(1), (match * end).amax(1), behind)
-        found = (behind > 0)[:, None]
+        found = ((behind > 0) & self.going)[:, None]
         k = k if found.any() else 0
         # What follows may reach the end of the text; then it goes on as a loop would.
         step = torch.arange(k, device=text.device)[None] % (length - behind)[:, None]
@@ -397,15 +407,16 @@ class HeadsDrafter(Drafter):
 
     def check(self, target, length):
         super().check(target, length)
-        if self.heads.lm_head.weight.shape != target.wte.weight.shape:
-            raise ValueError("the heads belong to a target of another shape")
+        ours, theirs = self.heads.lm_head.weight, target.wte.weight
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise ValueError(f"the heads are for a target of another shape, {tuple(ours.shape)} {ours.dtype}, not {tuple(theirs.shape)} {theirs.dtype}")
 
     def start(self, prompt, max_length, hidden):
         self.hidden = hidden
 
     def begin(self, text, length):
         self.state = self.hidden[:, None]
-        self.survival = self.expected = torch.ones_like(self.hidden[:, 0])
+        self.survival = self.expected = torch.ones_like(self.hidden[:, 0]) * self.going
         return self.step(text.gather(1, length[:, None] - 1))
 
     def step(self, tokens, tree=None):
@@ -436,10 +447,14 @@ class TreeDrafter(Drafter):
         self.drafter, self.shape, self.top = drafter, tuple(widths), top
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"the widths of a tree are {','.join(map(str, widths)) or 'missing'}; each must be at least 1")
-        self.extra = len(ancestors(self.shape, "cpu")) - 1
+        self.extra = sum(math.prod(self.shape[: i + 1]) for i in range(len(self.shape)))
 
     def check(self, target, length):
         super().check(target, length)
+        if not hasattr(self.drafter, "step"):
+            raise ValueError("a tree is for drafters that guess token by token: a model or heads")
+        if self.extra > target.config.block_size:
+            raise ValueError(f"a tree of {self.extra} guesses; the target's block_size is {target.config.block_size}")
         self.drafter.check(target, length)
 
     def start(self, *args):
@@ -453,9 +468,10 @@ class TreeDrafter(Drafter):
 
     def propose(self, text, length, k, law, generator):
         self.widths = self.shape[:k]
-        self.tree = ancestors(self.widths, text.device) if k else None
         if k == 0:
+            self.tree = None
             return super().propose(text, length, 0, law, generator)
+        self.tree = ancestors(self.widths, text.device)
         logits, before, tokens, laws = self.timed(self.drafter.begin, text, length), 1, [], []
         for level, width in enumerate(self.widths):
             if level:
@@ -512,6 +528,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         start, drafting = now(), drafter.seconds
         if isinstance(generator, Noise):
             generator.here = length
+        drafter.going = room > 0
 
         # 1. Guess. The rule adds one token, so no row has room for more than most - 1 guesses.
         draft_tokens, draft_probs = drafter.propose(text, length, min(k.choose(), most - 1), law, generator)
@@ -560,7 +577,7 @@ class Stats:
 
     passes: int = 0  # of the target
     rounds: int = 0  # the same, counted once for each row that was still going
-    drafted: int = 0  # guesses that the target was shown
+    drafted: int = 0  # guesses that the target was shown; of a tree, those on one path
     evaluated: int = 0  # of these, judged: the accepted ones, and the first rejected one of a round
     accepted: int = 0
     emitted: int = 0
@@ -590,7 +607,10 @@ class Stats:
 
     @property
     def expected_acceptance_rate(self):
-        """alpha again, from the laws instead of the coins: the mean of sum min(target_probs, draft_probs). Less noise."""
+        """alpha again, from the laws instead of the coins: the mean of sum min(target_probs, draft_probs). Less noise.
+
+        Of a chain under the rejection rule, that is: the other rules accept more or less than that.
+        """
         return self.overlap / max(1, self.evaluated)
 
     @property
@@ -618,6 +638,8 @@ class FixedK:
     """The same k in every round."""
 
     def __init__(self, k):
+        if k < 0:
+            raise ValueError(f"k is {k}; it cannot be negative")
         self.most = k
 
     def choose(self):
@@ -633,7 +655,7 @@ class AutoK(FixedK):
     alpha, and what a guess and the rest of a round cost, come from the rounds behind; k = 0, plain decoding, is one of the
     choices, and the right one where speculation loses. What lies ahead is not looked at, so the law stays the target's. The
     past counts less and less, and alpha drifts back to where it started: so guessing is tried again now and then.
-    times: the seconds of the target's pass over 1, 2, .., most+1 tokens, as from `target_times`.
+    times: the seconds of the target's pass over 1, 2, .., most+1 tokens, as from `pass_times`.
     """
 
     def __init__(self, times):
@@ -668,8 +690,8 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
 
     drafter None is plain decoding; with a drafter the output has the same law, whatever the drafter and the rule, but for the
     rule that has "lossy" in its name. k: guesses per round, or "auto", see `AutoK`; a tree has its own. temperature, top_k,
-    top_p: see `to_probs`. seed: equal seeds give equal output; None takes a new one from the system. With rule="coupled" the
-    output is the same for every drafter and every k, and for None, too.
+    top_p: see `to_probs`. seed: equal seeds give equal output, but for k="auto", which follows the clock; None takes a new one
+    from the system. With rule="coupled" the output is, up to rounding, the same for every drafter, every k, and for None.
     ValueError: an argument is out of range, does not fit the target, or prompt and budget exceed a block_size.
     """
     passes = rounds(target, prompt, max_new_tokens, drafter, k, rule, temperature, top_k, top_p, eos, seed)
@@ -690,7 +712,7 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
     if prompt.ndim != 2 or prompt.dtype != torch.int64:
         raise ValueError(f"the prompt must be token ids, (T,) or (B, T) int64; it is {tuple(prompt.shape)} {prompt.dtype}")
     length, c = prompt.shape[1] + max_new_tokens, target.config
-    known_k = isinstance(k, FixedK) or k == "auto" or isinstance(k, int) and 1 <= k < c.block_size
+    known_k = k == "auto" or 1 <= (k.most if isinstance(k, FixedK) else k if isinstance(k, int) else 0) < c.block_size
     for right, message in (
         (0 <= prompt.min() <= prompt.max() < c.vocab_size, f"the prompt has tokens outside 0..{c.vocab_size - 1}"),
         (max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}; it cannot be negative"),
@@ -716,7 +738,7 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
     if isinstance(drafter, TreeDrafter):
         k = len(drafter.shape)
     elif k == "auto":
-        k = AutoK(target_times(target, len(prompt), length // 2, 6))
+        k = AutoK(pass_times(target, len(prompt), length // 2, 6))
     k = FixedK(k) if isinstance(k, int) else k
     return speculative_rounds(target, drafter, prompt, max_new_tokens, k, RULES[rule], law, eos, generator)
 
@@ -736,9 +758,9 @@ def passes(model, B, length, sizes):
     return {n: functools.partial(run, n) for n in sizes}
 
 
-def target_times(target, B, length, most):
-    """Seconds of the target's pass over 1, 2, .., most+1 tokens."""
-    return list(median_seconds(passes(target, B, length, range(1, most + 2)), 5).values())
+def pass_times(model, B, length, most):
+    """Seconds of a pass over 1, 2, .., most+1 tokens in each of B rows."""
+    return list(median_seconds(passes(model, B, length, range(1, most + 2)), 5).values())
 
 
 def median_seconds(calls, repeats=20):
@@ -818,22 +840,28 @@ def tell(passes, encoding, prompt=""):
     return stats
 
 
-def contenders(target, draft, heads, drafter, rule, k, tree):
-    """{name: (drafter or None, k, rule)}, plain decoding first: the rows of the table. None for drafter, rule or k: whatever there is."""
+def contenders(draft, heads, drafter, rule, k, tree):
+    """{name: (drafter or None, k, rule)}, plain decoding first: the rows of the table. None as drafter, rule or k: all of them."""
     judge, k, ngram_k = rule or "rejection", *((4, 8) if k is None else (k, k))  # a lookup costs next to nothing: it may guess more
     shape = ",".join(map(str, tree))
-    rows = {"plain decoding": (None, 1, judge), f"draft model, k={k}": (ModelDrafter(draft), k, judge)}
-    if rule is None:
-        rows |= {f"  {other} rule": (ModelDrafter(draft), k, other) for other in ("block", "coupled")}
-    rows |= {"  k=auto": (ModelDrafter(draft), "auto", judge), f"n-gram lookup, k={ngram_k}": (NGramDrafter(), ngram_k, judge)}
-    if heads:
-        rows |= {f"heads, k={k}": (HeadsDrafter(heads[0]), k, judge), "  blind, as Medusa's": (HeadsDrafter(heads[1]), k, judge)}
-        rows |= {"  k by confidence": (HeadsDrafter(heads[0], ()), 8, judge)}
-    if judge == "rejection":
-        rows |= {f"tree {shape}, model": (TreeDrafter(ModelDrafter(draft), tree), 1, judge)}
-        rows |= {f"tree {shape}, heads": (TreeDrafter(HeadsDrafter(heads[0]), tree, top=True), 1, judge)} if heads else {}
-    kinds = {"model": ModelDrafter, "ngram": NGramDrafter, "heads": HeadsDrafter, "tree": TreeDrafter}
-    return {name: row for name, row in rows.items() if not (drafter and row[0]) or isinstance(row[0], kinds[drafter])}
+    rows = {"plain decoding": (None, 1, judge)}
+    if drafter in (None, "model"):
+        rows[f"draft model, k={k}"] = (ModelDrafter(draft), k, judge)
+        if rule is None:
+            rows |= {f"  {other} rule": (ModelDrafter(draft), k, other) for other in ("block", "coupled")}
+        if k != "auto":
+            rows["  k=auto"] = (ModelDrafter(draft), "auto", judge)
+    if drafter in (None, "ngram"):
+        rows[f"n-gram lookup, k={ngram_k}"] = (NGramDrafter(), ngram_k, judge)
+    if heads and drafter in (None, "heads"):
+        rows[f"heads, k={k}"] = (HeadsDrafter(heads[0]), k, judge)
+        rows["  blind, as Medusa's"] = (HeadsDrafter(heads[1]), k, judge)
+        rows["  k by confidence"] = (HeadsDrafter(heads[0], "measure"), 8, judge)
+    if judge == "rejection" and drafter in (None, "tree"):
+        rows[f"tree {shape}, model"] = (TreeDrafter(ModelDrafter(draft), tree), 1, judge)
+        if heads:
+            rows[f"tree {shape}, heads"] = (TreeDrafter(HeadsDrafter(heads[0]), tree, top=True), 1, judge)
+    return rows
 
 
 def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
@@ -842,9 +870,9 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
     -> {name: Stats}, {name: [speed-up in each turn]}, {n: median seconds of the target's pass over n tokens}.
     """
     B, middle = len(prompts[0]), len(prompts[0][0]) + max_new_tokens // 2
-    times = target_times(target, B, middle, 8)
+    times = pass_times(target, B, middle, 8)
     for drafter, *_ in rows.values():
-        if isinstance(drafter, HeadsDrafter) and drafter.times is not None:
+        if getattr(drafter, "times", None) == "measure":
             drafter.times = times
     rows = {name: (drafter, AutoK(times) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
     stats, speed_ups, seconds_of = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
@@ -853,7 +881,7 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
         prompt = prompts[i % len(prompts)]
         for name, (drafter, k, rule) in rows.items():
             one = Stats()
-            for r in rounds(target, prompt, max_new_tokens, drafter, k, rule, seed=seed + i, **options):
+            for r in rounds(target, prompt, max_new_tokens, drafter, k, rule, seed=(seed + i) % 2**63, **options):
                 one.add(r)
                 stats[name].add(r)
             speed = one.emitted / sum(one.seconds.values())
@@ -888,8 +916,10 @@ def print_table(target, rows, prompts, max_new_tokens, title, **options):
         columns = f"1{'':40}"
         if name != plain:
             low, _, high = statistics.quantiles(speed_ups[name], n=4) if len(speed_ups[name]) > 1 else speed_ups[name] * 3
-            laws = "  -  " if isinstance(rows[name][0], TreeDrafter) else f"{s.expected_acceptance_rate:.3f}"
-            columns = f"{speeds[name] / speeds[plain]:.2f} ({low:.2f}-{high:.2f}) {predict(s, times, len(prompts[0]))[0]:9.2f}  {s.acceptance_rate:.3f} {laws}"
+            chain = rows[name][2] == "rejection" and not isinstance(rows[name][0], TreeDrafter)
+            laws = f"{s.expected_acceptance_rate:.3f}" if chain else "  -  "
+            columns = f"{speeds[name] / speeds[plain]:.2f} ({low:.2f}-{high:.2f}) {predict(s, times, len(prompts[0]))[0]:9.2f}"
+            columns += f"  {s.acceptance_rate:.3f} {laws}"
         print(f"{'*' if name == best else ' '} {label:24} {speeds[name]:8.0f}  {columns}  {s.tokens_per_pass:.2f}  {shares}")
     if others:
         _, tau, cost, draft, rest = (1000 * x for x in predict(stats[others[0]], times, len(prompts[0])))
@@ -914,7 +944,8 @@ def same_text(target, drafter, prompt, max_new_tokens, k, encoding, seed, temper
 GLOSSARY = """tokens/s             after the prompt is read, all rows together; * marks the fastest
 speed-up             over plain decoding, in all (quartiles of the single turns, which differ by prompt)
 predicted            tau x T(1) / (T(tokens in a pass) + draft + rest), T(n) = time of a target's pass over n tokens, timed alone
-alpha                acceptance rate: accepted / judged guesses; and as the laws have it, mean of sum min(target, draft)
+alpha                acceptance rate: accepted / judged guesses; and, for a chain and the rejection rule, as the laws have it,
+                     the mean of sum min(target, draft)
 tau                  tokens per pass of the target; theory for a chain of k guesses: (1 - alpha^(k+1)) / (1 - alpha)
 draft, verify, rest  where the time goes: guessing, passes of the target, everything else"""
 
@@ -961,7 +992,7 @@ def check(target, rows, encoding, prompt, seed, n_samples=10_000, B=500, level=1
         counts[name], start = torch.zeros_like(expected), now()
         for batch in range(n_samples // B):
             text = [[] for _ in range(B)]
-            for r in rounds(target, prompt.expand(B, -1), 5, drafter, k, rule, seed=2 * (seed + batch) + len(counts), **options):
+            for r in rounds(target, prompt.expand(B, -1), 5, drafter, k, rule, seed=(2 * (seed + batch) + len(counts)) % 2**63, **options):
                 for row, tokens, n in zip(text, r.tokens.tolist(), r.n_new.tolist()):
                     row.extend(tokens[:n])
                 if min(map(len, text)) >= 2:
@@ -988,35 +1019,34 @@ def check(target, rows, encoding, prompt, seed, n_samples=10_000, B=500, level=1
 
 def sweep(target, draft, rows, prompts, max_new_tokens, **options):
     """Print what a pass costs, the floor that memory sets, and the speed-up against k and against batch size, as text plots."""
-    length = len(prompts[0][0]) + max_new_tokens // 2
+    models, length = {"target": target, "draft": draft}, len(prompts[0][0]) + max_new_tokens // 2
     print("milliseconds of a pass over n tokens, and in passes over one token")
-    times = [target_times(model, 1, length, 15) for model in (target, draft)]
+    times = {name: pass_times(model, 1, length, 15) for name, model in models.items()}
     for n in range(1, 17):
-        print(f"  n = {n:2}   " + "   ".join(f"{name} {1000 * t[n - 1]:6.2f} ({t[n - 1] / t[0]:.2f})" for name, t in zip(("target", "draft"), times)))
+        print(f"  n = {n:2}   " + "   ".join(f"{name} {1000 * t[n - 1]:6.2f} ({t[n - 1] / t[0]:.2f})" for name, t in times.items()))
+    size = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in models.items()}
+    cache = {name: 2 * model.new_cache(1).k.nbytes for name, model in models.items()}
+    print("\nmemory: " + "; ".join(f"{name} {size[name] / 1e6:.1f} MB, its cache {cache[name] / 1e6:.1f} MB a row" for name in models))
     block = torch.zeros(2**26, dtype=torch.float32, device=target.wte.weight.device)
-    copy = median_seconds({"copy": lambda: block.clone()}, 7)["copy"]
-    size = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in (("target", target), ("draft", draft))}
-    cache = {name: m.new_cache(1)._kv for name, m in (("target", target), ("draft", draft))}
-    print("\nmemory: " + "; ".join(f"{name} {size[name] / 1e6:.1f} MB, its cache {cache[name].numel() * cache[name].element_size() / 1e6:.1f} MB a row" for name in size))
-    bandwidth = 2 * block.numel() * 4 / copy
+    bandwidth = 2 * block.nbytes / median_seconds({"copy": lambda: block.clone()}, 7)["copy"]
     print(f"a large copy moves {bandwidth / 1e9:.1f} GB/s; to read the target's weights at that speed takes {1000 * size['target'] / bandwidth:.2f} ms:")
-    print(f"the floor under T(1), as long as no cache of the processor holds them, which is {1000 * times[0][0]:.2f} ms\n")
+    print(f"the floor under T(1), as long as no cache of the processor holds them, which is {1000 * times['target'][0]:.2f} ms\n")
 
     name, (drafter, k, rule) = list(rows.items())[1]
-    name = name.split(",")[0].strip()
-    if not isinstance(drafter, TreeDrafter):
+    plain, tree = rows["plain decoding"], isinstance(drafter, TreeDrafter)
+    if not tree:
+        name = name.rsplit(", k=", 1)[0]
         print(f"speed-up against k: {name}, {rule} rule (# measured, | predicted)")
-        contest = {"plain": rows["plain decoding"]} | {f"k = {k}": (drafter, k, rule) for k in (1, 2, 3, 4, 5, 6, 8)} | {"k=auto": (drafter, "auto", rule)}
-        plot(target, contest, prompts, max_new_tokens, seconds=0, **options)
-    print(f"speed-up against batch size: {name}, k={k}, {rule} rule (# measured, | predicted)")
-    loses = None
+        contest = {f"k = {k}": (drafter, k, rule) for k in (1, 2, 3, 4, 5, 6, 8)} | {"k=auto": (drafter, "auto", rule)}
+        plot(target, {"plain": plain} | contest, prompts, max_new_tokens, seconds=0, **options)
+        name += f", k={k}"
+    print(f"speed-up against batch size: {name}, {rule} rule (# measured, | predicted)")
+    pays = 0
     for B in (1, 2, 4, 8, 16, 32):
-        contest = {"plain": rows["plain decoding"], f"B = {B:2}": (drafter, k, rule)}
-        if not isinstance(drafter, TreeDrafter):
-            contest["  k=auto"] = (drafter, "auto", rule)
+        contest = {"plain": plain, f"B = {B:2}": (drafter, k, rule)} | ({} if tree or k == "auto" else {"  k=auto": (drafter, "auto", rule)})
         speed_up = plot(target, contest, [p[:1].expand(B, -1) for p in prompts[:2]], max_new_tokens, seconds=0, **options)
-        loses = loses or (B if speed_up < 1 else None)
-    print(f"from batch size {loses} on speculation loses" if loses else "speculation pays at every batch size tried")
+        pays = B if speed_up >= 1 else pays
+    print(f"speculation pays up to batch size {pays}, and loses beyond" if pays < B else "speculation pays at every batch size tried")
 
 
 def plot(target, contest, prompts, max_new_tokens, **options):
@@ -1062,21 +1092,25 @@ def main(argv=None):
     try:
         if args.max_new_tokens < 1 or args.batch < 1:
             raise ValueError("--max-new-tokens and --batch must be at least 1")
-        if args.drafter == "tree" and (args.rule or "rejection") != "rejection":
-            raise ValueError("a tree has a rule of its own, recursive rejection: leave out --rule")
+        if args.drafter == "tree" and ((args.rule or "rejection") != "rejection" or args.k is not None):
+            raise ValueError("a tree has a rule of its own, recursive rejection, and a shape of its own: leave out --rule and -k")
+        if args.check and args.k == "auto":
+            raise ValueError("--check needs a fixed k")
         device, dtype = find_device(args.device), args.dtype and getattr(torch, args.dtype)
         target, draft, encoding = load_pair(args.checkpoints, device, dtype)
         heads = None
-        if args.drafter == "heads" or (args.checkpoints / "heads.pt").exists():
+        if args.drafter == "heads" or args.drafter != "ngram" and (args.checkpoints / "heads.pt").exists():
             heads = load_heads(args.checkpoints / "heads.pt", target)
         texts = (args.prompt,) if args.prompt is not None else ("for i in ",) if args.check else PROMPTS
-        prompts, (repeating,) = ([torch.tensor([encoding.encode_ordinary(text)] * args.batch, device=device) for text in some] for some in (texts, (REPEATING,)))
+        texts += (REPEATING,) * (texts is PROMPTS and args.drafter in (None, "ngram") and not args.sweep)
+        prompts = [torch.tensor([encoding.encode_ordinary(text)] * args.batch, device=device) for text in texts]
         temperatures = (1.0, 0.0) if args.temperature is None else (args.temperature,)
         options = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-        rows = contenders(target, draft, heads, args.drafter, args.rule, args.k, args.tree)
+        rows = contenders(draft, heads, args.drafter, args.rule, args.k, args.tree)
         for prompt in prompts:  # refuses what cannot be decoded
             for drafter, k, rule in rows.values():
-                rounds(target, prompt, args.max_new_tokens, drafter, k if k != "auto" else 1, rule, temperature=temperatures[0], **options)
+                rounds(target, prompt, args.max_new_tokens, drafter, 1 if k == "auto" else k, rule, temperature=temperatures[0], **options)
+        repeating = prompts.pop() if REPEATING in texts else None
     except FileNotFoundError as error:
         parser.error(f"{error.filename} is missing; `python train_tiny.py` makes it")
     except (ValueError, OSError) as error:
@@ -1086,11 +1120,10 @@ def main(argv=None):
     if args.check:
         sys.exit(not check(target, rows, encoding, prompts[0][0], temperature=temperatures[0], **options))
 
-    for name, model in (("large.pt, the target:", target), ("tiny.pt, the draft:", draft), ("heads.pt, draft heads:", heads and heads[0])):
-        if model:
-            shape = f"{model.config.n_layer} x {model.config.n_embd}" if model is not (heads and heads[0]) else "one cell"
-            dtype = str(next(model.parameters()).dtype)[6:]
-            print(f"{name:22} {sum(p.numel() for p in model.parameters()):10,} weights in {shape}, {dtype} on {device}")
+    models = [(name, m, f"{m.config.n_layer} x {m.config.n_embd}") for name, m in (("large.pt, the target:", target), ("tiny.pt, the draft:", draft))]
+    for name, model, shape in models + ([("heads.pt, draft heads:", heads[0], "one cell")] if heads else []):
+        weights = list(model.parameters())
+        print(f"{name:22} {sum(w.numel() for w in weights):10,} weights in {shape}, {str(weights[0].dtype)[6:]} on {device}")
     if args.sweep:
         print()
         sweep(target, draft, rows, prompts, args.max_new_tokens, temperature=temperatures[0], **options)
@@ -1105,10 +1138,12 @@ def main(argv=None):
     for temperature in temperatures:
         # At temperature 0 the exact rules are one and the same.
         some = {name: row for name, row in rows.items() if temperature or args.rule or row[2] == "rejection"}
-        print_table(target, some, prompts, args.max_new_tokens, f"temperature {temperature:g}" + " (greedy)" * (temperature == 0), temperature=temperature, **options)
-    if args.prompt is None and args.drafter in (None, "ngram"):
+        title = f"temperature {temperature:g}" + " (greedy)" * (temperature == 0)
+        print_table(target, some, prompts, args.max_new_tokens, title, temperature=temperature, **options)
+    if repeating is not None:
         some = {name: row for name, row in rows.items() if row[0] is None or isinstance(row[0], NGramDrafter)}
-        print_table(target, some, [repeating] * 3, args.max_new_tokens, "a prompt that repeats", temperature=temperatures[-1], **options)
+        title = f"text that repeats, T={temperatures[-1]:g}"
+        print_table(target, some, [repeating] * 3, args.max_new_tokens, title, temperature=temperatures[-1], **options)
     print(GLOSSARY)
 
 

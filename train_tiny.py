@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
-from model import GPT, DraftHeads, GPTConfig, load_checkpoint, make_encoding, save_checkpoint, save_heads
-from specdec import CHECKPOINTS, Parser, find_device, median_seconds, rounds
+from model import GPT, DraftHeads, GPTConfig, fingerprint, make_encoding, save_checkpoint, save_heads
+from specdec import CHECKPOINTS, Parser, find_device, load_pair, median_seconds, rounds
 
 
 @dataclass(frozen=True)
@@ -288,8 +288,11 @@ def write(large, tokens, n, temperature, seed):
 @torch.no_grad()
 def read(large, texts, autocast):
     """The hidden states of large in texts (N, T): (N, T, D) bfloat16."""
+    hidden = torch.empty(*texts.shape, large.config.n_embd, dtype=torch.bfloat16, device=texts.device)
     with autocast():
-        return torch.cat([large(some.long())[1].bfloat16() for some in texts.split(4)])
+        for i in range(0, len(texts), 4):
+            hidden[i : i + 4] = large(texts[i : i + 4].long())[1]
+    return hidden
 
 
 # -- what it came to ---------------------------------------------------------------------------------------------------------
@@ -370,13 +373,15 @@ def run(args):
     device = find_device(args.device)
     preset = PRESETS[args.preset or ("gpu" if device.type == "cuda" else "cpu")]
     start = time.perf_counter()
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"seed is {args.seed}; it must be 0 or more and below 2^62")
 
     # The text.
     texts, held_out_texts = split_corpus(read_corpus(args.data))
     print(f"corpus: {len(texts)} training texts of {sum(map(len, texts)):,} characters, {len(held_out_texts)} held out", flush=True)
     torch.manual_seed(args.seed)
     if args.distill:
-        (large, encoding), (tiny, _) = (load_checkpoint(args.checkpoints / f"{name}.pt", device) for name in ("large", "tiny"))
+        large, tiny, encoding = load_pair(args.checkpoints, device, torch.float32)
     else:
         encoding = train_tokenizer(texts, preset.vocab_size, preset.sample)
         large, tiny = (GPT(GPTConfig(preset.vocab_size, preset.block_size, *shape)).to(device) for shape in (preset.large, preset.tiny))
@@ -390,7 +395,8 @@ def run(args):
     print(f"tokenizer: {encoding.n_vocab} tokens; {len(tokens):,} to train on, {len(held_out):,} held out", flush=True)
 
     # Large and tiny, on text.
-    settings = {"preset": asdict(preset), "seed": args.seed, "corpus": zlib.crc32(tokens.numpy().tobytes()), "distill": args.distill}
+    settings = {"preset": asdict(preset), "seed": args.seed, "corpus": zlib.crc32(tokens.numpy().tobytes())}
+    settings["distill"] = [fingerprint(large), fingerprint(tiny)] if args.distill else None
     stages = Run(args.checkpoints, settings, device, args.dtype)
     autocast = stages.autocast
     windows = held_out_windows(held_out, block_size)

@@ -97,6 +97,23 @@ def test_a_text_that_is_not_the_same_is_explained(pair):
     assert re.search(r"the texts part at token \d+, .+ or .+: the race was decided by \d\.\de[+-]\d\d", specdec.same_text(target, Damaged(draft), prompt, 10, 3, encoding, **options))
 
 
+def test_the_default_prompts_and_the_largest_seed(pair, capsys):
+    """Every prompt is checked before the first word, the one that repeats as well; and the seeds of later turns stay in range."""
+    options = ["--checkpoints", str(pair), "--dtype", "float32", "--drafter", "ngram", "--temperature", "1", "--seed", str(2**63 - 1)]
+    with pytest.raises(SystemExit) as exit:
+        specdec.main([*options, "--max-new-tokens", "4"])
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and out == "" and "block_size is 256" in err and err.count("\n") == 1
+
+
+def test_text_that_repeats_has_its_own_table(pair, capsys, monkeypatch):
+    monkeypatch.setattr(specdec, "REPEATING", "ab" * 20)
+    options = ["--checkpoints", str(pair), "--dtype", "float32", "--drafter", "ngram", "--temperature", "1", "--seed", str(2**63 - 1)]
+    specdec.main([*options, "--max-new-tokens", "4"])
+    out = capsys.readouterr().out
+    assert "text that repeats" in out and out.count("n-gram lookup, k=8 ") == 2
+
+
 def test_sweep(pair, capsys):
     specdec.main(["--checkpoints", str(pair), "--max-new-tokens", "4", "--prompt", "ab", "--sweep", "--dtype", "float32", "-k", "2"])
     out = capsys.readouterr().out
@@ -186,6 +203,9 @@ def test_batch_dtype_and_filters(pair, capsys):
         (["--tree", "2,0"], "widths of a tree are 2,0"),
         (["--tree", "2,x"], "--tree: invalid"),
         (["--drafter", "tree", "--rule", "block"], "rule of its own"),
+        (["--drafter", "tree", "-k", "3"], "shape of its own"),
+        (["--tree", "500,500"], "a tree of 250500 guesses"),
+        (["--check", "-k", "auto"], "--check needs a fixed k"),
         (["--sweep", "--check"], "not allowed with"),
     ],
 )

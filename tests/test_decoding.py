@@ -148,6 +148,20 @@ def test_plain_decoding_ends_each_row_at_its_own_eos():
         assert result.tokens == cut_at(eos, plain) and result.stats.emitted == sum(map(len, result.tokens))
 
 
+@pytest.mark.parametrize("make", [NGramDrafter, lambda: make_heads(times=[1, 1.02, 1.04, 1.06, 1.08])], ids=["ngram", "confident_heads"])
+def test_a_row_that_has_ended_has_no_say_in_how_much_is_guessed(make):
+    """The passes that go on for one row have the sizes that they have when it is alone."""
+    plain, seen = greedy(PROMPTS, 40), 0
+    for eos in range(7):
+        ends = [row.index(eos) if eos in row else 40 for row in plain]
+        alone, together = ([(r.n_new.tolist(), r.size) for r in rounds(TARGET, p, 40, make(), 4, temperature=0, eos=eos)] for p in (PROMPTS[[0]], PROMPTS[:2]))
+        last = [size for n_new, size in together if n_new[1] == 0]
+        if last and ends[1] < ends[0]:
+            seen += 1
+            assert last == [size for _, size in alone][-len(last) :]
+    assert seen
+
+
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_rows_end_at_their_own_eos_whoever_guesses(make):
     plain = greedy(PROMPTS, 30)
@@ -342,6 +356,10 @@ def test_a_draft_that_is_the_target_stays_right_for_changing_k():
         ({"k": 48}, "k is 48"),
         ({"k": "many"}, "k is many"),
         ({"drafter": HeadsDrafter(DraftHeads(7, 4, 8))}, "another shape"),
+        ({"drafter": HeadsDrafter(DraftHeads(7, 8, 8))}, "float32, not .* torch.float64"),
+        ({"drafter": TreeDrafter(NGramDrafter(), (2,))}, "token by token"),
+        ({"drafter": TreeDrafter(ModelDrafter(DRAFT), (9, 9))}, "a tree of 90 guesses"),
+        ({"k": FixedK(48)}, "it must be at least 1"),
         ({"seed": -1}, "seed is -1"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),

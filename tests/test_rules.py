@@ -61,6 +61,13 @@ def test_block_takes_zero_rows_and_nan_for_no_guess():
     assert n.tolist() == [0, 1, 1] and token.tolist() == [1, 0, 0]
 
 
+def test_block_never_keeps_the_impossible_not_even_after_a_ratio_beyond_all_numbers():
+    """0 * inf is NaN, and NaN compared with anything is False: neither may turn into a yes."""
+    target = torch.tensor([[[0, 0.5, 0.5], [0.5, 0.5, 0], [1, 0, 0]]])
+    draft = torch.tensor([[[1, 0, 0], [1e-40, 1, 0]]])
+    assert verify_block(target, draft, torch.tensor([[0, 0]]))[0].item() == 0
+
+
 def test_block_with_a_guess_that_is_broken_keeps_the_law_of_the_one_before():
     target, even = law_of([[[7, 3], [1, 4], [1, 1]]]), law_of([1, 1])
     draft = torch.stack((even, torch.full((2,), float("nan")).double()))[None]

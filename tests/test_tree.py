@@ -106,6 +106,29 @@ def test_after_every_round_both_caches_are_those_of_a_fresh_forward(monkeypatch,
     assert {0, 1, 2} <= depths
 
 
+@pytest.mark.parametrize("drafter", ["model", "heads"])
+def test_every_node_continues_its_own_parent(drafter):
+    """The law of each first child is the drafter's law after the tokens on the path to its parent. (No test of the output sees it.)"""
+    inner, text, length = drafters()[drafter], torch.randint(7, (2, 30)), torch.tensor([6, 6])
+    tree = TreeDrafter(inner, (2, 3, 2))
+    tree.check(TARGET, 40)
+    hidden = TARGET(text[:, :5])[1][:, -1]
+    tree.start(text[:, :6], 80, hidden)
+    tokens, probs = tree.propose(text, length, 3, lambda logits: logits.softmax(-1), torch.Generator().manual_seed(0))
+    sees = ancestors((2, 3, 2), "cpu")
+    for b in range(2):
+        for node in (1, 3, 6, 9, 11, 13, 15, 17, 19):  # the first children of nodes 0 to 8
+            path = [tokens[b, i - 1].item() for i in sees[node].nonzero()[:-1, 0].tolist() if i]
+            if drafter == "model":
+                expected = fresh_logits(DRAFT, torch.tensor(text[b, :6].tolist() + path))[-1]
+            else:
+                state = hidden[b].view(1, 1, -1)
+                for token in (text[b, 5].item(), *path):
+                    logits, state = inner.heads(state, torch.tensor([[token]]))
+                expected = logits[0, 0]
+            torch.testing.assert_close(probs[b, node - 1], expected.softmax(-1), rtol=0, atol=1e-12)
+
+
 def accepted(target, draft_laws, widths):
     """The chance that some child of the root is accepted; draft_laws: of each child, in order."""
 
