@@ -409,7 +409,8 @@ class HeadsDrafter(Drafter):
         super().check(target, length)
         ours, theirs = self.heads.lm_head.weight, target.wte.weight
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            raise ValueError(f"the heads are for a target of another shape, {tuple(ours.shape)} {ours.dtype}, not {tuple(theirs.shape)} {theirs.dtype}")
+            shapes = f"{tuple(ours.shape)} {ours.dtype}, not {tuple(theirs.shape)} {theirs.dtype}"
+            raise ValueError(f"the heads are for a target of another shape, {shapes}")
 
     def start(self, prompt, max_length, hidden):
         self.hidden = hidden
@@ -723,7 +724,10 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
         (known_k, f'k is {k}; it must be at least 1 and below the block_size, {c.block_size}, or "auto"'),
         (seed is None or 0 <= seed < 2**63, f"seed is {seed}; it must be 0 or more and below 2^63"),
         (rule in RULES, f"unknown rule {rule!r}; there is: {', '.join(RULES)}"),
-        (not isinstance(drafter, TreeDrafter) or rule == "rejection" and isinstance(k, int), "a tree has a rule of its own, recursive rejection, and a fixed shape"),
+        (
+            not isinstance(drafter, TreeDrafter) or rule == "rejection" and isinstance(k, int),
+            "a tree has a rule of its own, recursive rejection, and a fixed shape",
+        ),
     ):
         if not right:
             raise ValueError(message)
@@ -783,7 +787,7 @@ PROMPTS = (
     "class Stack:\n    \"\"\"A last-in, first-out container.\"\"\"\n\n    def __init__(self):\n",
     "class TestParser(unittest.TestCase):\n\n    def test_empty(self):\n        self.assertEqual(",
 )
-REPEATING = "".join(f"    def test_{word}(self):\n        self.assertEqual(parse('{word}'), '{word}')\n\n" for word in ("red", "green", "blue", "black"))
+REPEATING = "".join(f"    def test_{x}(self):\n        self.assertEqual(parse('{x}'), '{x}')\n\n" for x in ("red", "green", "blue", "black"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -937,8 +941,9 @@ def same_text(target, drafter, prompt, max_new_tokens, k, encoding, seed, temper
     logits = target(torch.cat((prompt[0], prompt.new_tensor(one[:first])))[None])[0][0, -1].double()
     noise = Noise(torch.Generator(prompt.device).manual_seed(seed), 1, prompt.shape[1] + max_new_tokens, len(logits))
     score = logits / temperature - (-noise.table[prompt.shape[1] + first, 0]).log() if temperature else logits  # log P + Gumbel noise
-    return (f"coupled rule, seed {seed}: the texts part at token {first}, {encoding.decode([a])!r} or {encoding.decode([b])!r}: the race was decided by "
-            f"{abs(score[a] - score[b]).item():.1e},\nand a pass over more tokens rounds differently")  # fmt: skip
+    words, margin = f"{encoding.decode([a])!r} or {encoding.decode([b])!r}", abs(score[a] - score[b]).item()
+    why = f"the race was decided by {margin:.1e},\nand a pass over more tokens rounds differently"
+    return f"coupled rule, seed {seed}: the texts part at token {first}, {words}: {why}"
 
 
 GLOSSARY = """tokens/s             after the prompt is read, all rows together; * marks the fastest
@@ -1029,8 +1034,9 @@ def sweep(target, draft, rows, prompts, max_new_tokens, **options):
     print("\nmemory: " + "; ".join(f"{name} {size[name] / 1e6:.1f} MB, its cache {cache[name] / 1e6:.1f} MB a row" for name in models))
     block = torch.zeros(2**26, dtype=torch.float32, device=target.wte.weight.device)
     bandwidth = 2 * block.nbytes / median_seconds({"copy": lambda: block.clone()}, 7)["copy"]
-    print(f"a large copy moves {bandwidth / 1e9:.1f} GB/s; to read the target's weights at that speed takes {1000 * size['target'] / bandwidth:.2f} ms:")
-    print(f"the floor under T(1), as long as no cache of the processor holds them, which is {1000 * times['target'][0]:.2f} ms\n")
+    floor = 1000 * size["target"] / bandwidth
+    print(f"a large copy moves {bandwidth / 1e9:.1f} GB/s; to read the target's weights at that speed takes {floor:.2f} ms: the floor")
+    print(f"under T(1), which is {1000 * times['target'][0]:.2f} ms, as long as no cache of the processor holds them\n")
 
     name, (drafter, k, rule) = list(rows.items())[1]
     plain, tree = rows["plain decoding"], isinstance(drafter, TreeDrafter)
@@ -1043,7 +1049,8 @@ def sweep(target, draft, rows, prompts, max_new_tokens, **options):
     print(f"speed-up against batch size: {name}, {rule} rule (# measured, | predicted)")
     pays = 0
     for B in (1, 2, 4, 8, 16, 32):
-        contest = {"plain": plain, f"B = {B:2}": (drafter, k, rule)} | ({} if tree or k == "auto" else {"  k=auto": (drafter, "auto", rule)})
+        contest = {"plain": plain, f"B = {B:2}": (drafter, k, rule)}
+        contest |= {} if tree or k == "auto" else {"  k=auto": (drafter, "auto", rule)}
         speed_up = plot(target, contest, [p[:1].expand(B, -1) for p in prompts[:2]], max_new_tokens, seconds=0, **options)
         pays = B if speed_up >= 1 else pays
     print(f"speculation pays up to batch size {pays}, and loses beyond" if pays < B else "speculation pays at every batch size tried")
@@ -1109,7 +1116,8 @@ def main(argv=None):
         rows = contenders(draft, heads, args.drafter, args.rule, args.k, args.tree)
         for prompt in prompts:  # refuses what cannot be decoded
             for drafter, k, rule in rows.values():
-                rounds(target, prompt, args.max_new_tokens, drafter, 1 if k == "auto" else k, rule, temperature=temperatures[0], **options)
+                some_k = 1 if k == "auto" else k  # without measuring anything yet
+                rounds(target, prompt, args.max_new_tokens, drafter, some_k, rule, temperature=temperatures[0], **options)
         repeating = prompts.pop() if REPEATING in texts else None
     except FileNotFoundError as error:
         parser.error(f"{error.filename} is missing; `python train_tiny.py` makes it")
@@ -1120,8 +1128,9 @@ def main(argv=None):
     if args.check:
         sys.exit(not check(target, rows, encoding, prompts[0][0], temperature=temperatures[0], **options))
 
-    models = [(name, m, f"{m.config.n_layer} x {m.config.n_embd}") for name, m in (("large.pt, the target:", target), ("tiny.pt, the draft:", draft))]
-    for name, model, shape in models + ([("heads.pt, draft heads:", heads[0], "one cell")] if heads else []):
+    models = [("large.pt, the target:", target), ("tiny.pt, the draft:", draft)] + [("heads.pt, draft heads:", h) for h in (heads or [])[:1]]
+    for name, model in models:
+        shape = f"{model.config.n_layer} x {model.config.n_embd}" if hasattr(model, "config") else "one cell"
         weights = list(model.parameters())
         print(f"{name:22} {sum(w.numel() for w in weights):10,} weights in {shape}, {str(weights[0].dtype)[6:]} on {device}")
     if args.sweep:
@@ -1129,11 +1138,12 @@ def main(argv=None):
         sweep(target, draft, rows, prompts, args.max_new_tokens, temperature=temperatures[0], **options)
         return
     print(f"\nThe prompt, then up to {args.max_new_tokens} new tokens, each marked by where it comes from:")
-    story = rounds(target, prompts[0], args.max_new_tokens, drafter, k, rule, temperature=temperatures[0], eos=encoding.eot_token, **options)
+    options_1 = {"temperature": temperatures[0], **options}
+    story = rounds(target, prompts[0], args.max_new_tokens, drafter, k, rule, eos=encoding.eot_token, **options_1)
     stats = tell(story, encoding, texts[0])
     print(f"\n{stats.emitted} tokens in {stats.rounds} passes of the target.\n")
     if rule == "coupled" or "  coupled rule" in rows:
-        print(same_text(target, drafter, prompts[0], args.max_new_tokens, k, encoding, temperature=temperatures[0], **options) + "\n")
+        print(same_text(target, drafter, prompts[0], args.max_new_tokens, k, encoding, **options_1) + "\n")
     print(f"Now {len(prompts)} prompts, {args.max_new_tokens} new tokens each, all in turn:\n")
     for temperature in temperatures:
         # At temperature 0 the exact rules are one and the same.

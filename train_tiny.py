@@ -454,9 +454,11 @@ def run(args):
     for title, model in (("large", large), ("tiny", tiny)):
         print(f"held-out loss of {title}: {held_out_loss(model, windows, device, autocast):.3f} nats per token")
     for where, *alphas in zip(measured, before, after):
-        print(f"acceptance rate on {where}: " + " before distillation, ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in alphas) + " after")
+        alphas = " before distillation, ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in alphas)
+        print(f"acceptance rate on {where}: {alphas} after")
     for kind in heads:
-        alphas = " ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in zip(*heads_alpha(heads[kind], wte, held_out_own, held_out_hidden)))
+        alphas = zip(*heads_alpha(heads[kind], wte, held_out_own, held_out_hidden))
+        alphas = " ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in alphas)
         print(f"of the {kind} heads there, at guesses 1 to {N_AHEAD}: {alphas}")
     print(f"wrote large.pt, tiny.pt and heads.pt to {args.checkpoints} after {(time.perf_counter() - start) / 60:.1f} minutes")
 
