@@ -662,7 +662,7 @@ class AutoK(FixedK):
     def __init__(self, times):
         super().__init__(len(times) - 1)
         self.times = times
-        self.accepted, self.evaluated, self.guess, self.rest = 3.0, 5.0, times[0] / 10, times[0] / 10
+        self.accepted, self.evaluated, self.guess, self.rest, self.n = 3.0, 5.0, times[0] / 10, times[0] / 10, 0
 
     def choose(self):
         alpha = self.accepted / self.evaluated
@@ -675,8 +675,10 @@ class AutoK(FixedK):
         self.accepted += 0.05 * (3.0 - self.accepted) + accepted.sum().item()
         self.evaluated += 0.05 * (5.0 - self.evaluated) + (accepted + (r.n_accepted < n_guessed)).sum().item()
         if r.size > 1:
-            self.guess += 0.1 * (r.seconds["draft"] / (r.size - 1) - self.guess)
-            self.rest += 0.1 * (r.seconds["rest"] - self.rest)
+            self.n += 1
+            rate = max(0.1, 1 / self.n)  # a mean at first, and then of the last ten rounds or so
+            self.guess += rate * (r.seconds["draft"] / (r.size - 1) - self.guess)
+            self.rest += rate * (r.seconds["rest"] - self.rest)
 
 
 @dataclass
@@ -1079,7 +1081,7 @@ def guesses(text):
 def main(argv=None):
     parser = Parser(description="Speculative decoding beside plain decoding, with the pair of models in checkpoints/.")
     parser.add_argument("--prompt", help="text to continue (default: four beginnings of Python code)")
-    parser.add_argument("--max-new-tokens", type=int, default=80, metavar="N", help="default: 80")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument("-k", type=guesses, metavar="K", help='guesses per round, or "auto" (default: 4, for n-gram lookup 8)')
     parser.add_argument("--drafter", choices=("model", "ngram", "heads", "tree"), help="who guesses (default: each in turn)")
     parser.add_argument("--rule", choices=RULES, help="who judges (default: rejection, and for the draft model each in turn)")

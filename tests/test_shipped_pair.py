@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from conftest import FALSE_ALARM, N_P_VALUES, wrong_rule
-from specdec import CHECKPOINTS, RULES, ModelDrafter, check, generate, load_pair
+from model import load_heads
+from specdec import CHECKPOINTS, RULES, HeadsDrafter, ModelDrafter, check, generate, load_pair
 
 PROMPT = "class Stack:\n    def __init__(self):\n"
 
@@ -27,6 +28,14 @@ def test_the_draft_is_good(pair, temperature):
     prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1)
     stats = generate(target, prompt, 60, drafter=ModelDrafter(draft), k=4, temperature=temperature, seed=0).stats
     assert stats.expected_acceptance_rate > 0.55
+
+
+def test_the_heads_are_good_and_better_when_told(pair):
+    """Acceptance at temperature 1: .5 for the heads that know the token just guessed, .3 for the blind ones."""
+    target, _, encoding = pair
+    prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1)
+    told, blind = (generate(target, prompt, 60, drafter=HeadsDrafter(heads), k=4, seed=0).stats.expected_acceptance_rate for heads in load_heads(CHECKPOINTS / "heads.pt", target))
+    assert told > 0.45 and told > blind + 0.1
 
 
 def test_greedy_text_is_the_targets(pair):
