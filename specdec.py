@@ -766,7 +766,7 @@ def passes(model, B, length, sizes):
 
 def pass_times(model, B, length, most):
     """Seconds of a pass over 1, 2, .., most+1 tokens in each of B rows."""
-    return list(median_seconds(passes(model, B, length, range(1, most + 2)), 5).values())
+    return list(median_seconds(passes(model, B, length, range(1, most + 2)), 3).values())
 
 
 def median_seconds(calls, repeats=20):
@@ -1155,7 +1155,7 @@ def main(argv=None):
     if repeating is not None:
         some = {name: row for name, row in rows.items() if row[0] is None or isinstance(row[0], NGramDrafter)}
         title = f"text that repeats, T={temperatures[-1]:g}"
-        print_table(target, some, [repeating] * 3, args.max_new_tokens, title, temperature=temperatures[-1], **options)
+        print_table(target, some, [repeating] * 2, args.max_new_tokens, title, temperature=temperatures[-1], **options)
     print(GLOSSARY)
 
 
