@@ -948,7 +948,8 @@ def same_text(target, drafter, prompt, max_new_tokens, k, encoding, seed, temper
     return f"coupled rule, seed {seed}: the texts part at token {first}, {words}: {why}"
 
 
-GLOSSARY = """tokens/s             after the prompt is read, all rows together; * marks the fastest
+GLOSSARY = """the rows             who guesses, how many tokens a round, and (below it) other rules and ways: README, "Who guesses, and who judges"
+tokens/s             after the prompt is read, all rows together; * marks the fastest
 speed-up             over plain decoding, in all (quartiles of the single turns, which differ by prompt)
 predicted            tau x T(1) / (T(tokens in a pass) + draft + rest), T(n) = time of a target's pass over n tokens, timed alone
 alpha                acceptance rate: accepted / judged guesses; and, for a chain and the rejection rule, as the laws have it,
