@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,16 @@ def test_there_are_enough_of_them():
     assert len(LINES) >= 8
 
 
+@pytest.fixture(scope="module")
+def unfinished(my_specdec):
+    """{line: what came of it}, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(LINES, pool.map(lambda line: pytest_line(line + " -x", my_specdec), LINES)))
+
+
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("my_specdec.py ")[1])
-def test_an_unfinished_exercise_fails_with_its_name(line, my_specdec):
-    result = pytest_line(line + " -x", my_specdec)
+def test_an_unfinished_exercise_fails_with_its_name(line, unfinished):
+    result = unfinished[line]
     assert result.returncode == 1 and re.search(r"NotImplementedError: exercise [\w.]+ is not done yet", result.stdout), result.stdout
 
 
@@ -52,13 +60,27 @@ DONE = (["to_probs"], ["bernoulli", "categorical"], ["plain_rounds"], ["ratio", 
 SLOW = (9,)  # nearly the whole of a file that the ordinary test command runs anyway
 
 
-@pytest.mark.parametrize("i", [i for i in range(len(DONE)) if i not in SLOW])
-def test_each_line_passes_once_the_exercises_up_to_it_are_done(i, tmp_path):
+QUICK = [i for i in range(len(DONE)) if i not in SLOW]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """{i: what comes of line i once the exercises up to it are done}, two at a time."""
+
+    def run(i):
+        left = [name for name in EXERCISES if name not in sum(DONE[: i + 1], [])]
+        file = tmp_path_factory.mktemp("done") / "my_specdec.py"
+        file.write_text(starter(SPECDEC.read_text(), left))
+        return pytest_line(LINES[i], file)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(QUICK, pool.map(run, QUICK)))
+
+
+@pytest.mark.parametrize("i", QUICK)
+def test_each_line_passes_once_the_exercises_up_to_it_are_done(i, done):
     """In README's order, and no later exercise is needed for an earlier line."""
-    left = [name for name in EXERCISES if name not in sum(DONE[: i + 1], [])]
-    (tmp_path / "my_specdec.py").write_text(starter(SPECDEC.read_text(), left))
-    result = pytest_line(LINES[i], tmp_path / "my_specdec.py")
-    assert result.returncode == 0, result.stdout
+    assert done[i].returncode == 0, done[i].stdout
 
 
 def test_a_missing_file_is_said_to_be_missing():
