@@ -128,7 +128,7 @@ class Round:
     @property
     def n_guessed(self):
         """(B,) guesses that the target was shown; none in a row that has ended."""
-        return (self.draft_probs != 0).any(-1).sum(1) * (self.n_new > 0)
+        return guessed(self.draft_probs).sum(1) * (self.n_new > 0)
 
 
 @torch.inference_mode()
@@ -182,6 +182,11 @@ def verify(target_probs, draft_probs, draft_tokens, generator=None):
     return n_accepted, categorical(residual(at(target_probs, n_accepted), at(draft_probs, n_accepted)), generator)
 
 
+def guessed(draft_probs):
+    """Where there is a guess: (B, k, V) -> (B, k) bool."""
+    return (draft_probs != 0).any(-1)
+
+
 def leading(kept):
     """How many come before the first False: (B, k) bool -> (B,)."""
     return kept.cumprod(-1).sum(-1)
@@ -233,7 +238,7 @@ def verify_coupled(target_probs, draft_probs, draft_tokens, noise=None):
     """
     k = draft_tokens.shape[1]
     own = categorical(target_probs, noise, torch.arange(k + 1, device=draft_tokens.device))
-    n_accepted = leading((own[:, :k] == draft_tokens) & (draft_probs != 0).any(-1))
+    n_accepted = leading((own[:, :k] == draft_tokens) & guessed(draft_probs))
     return n_accepted, at(own, n_accepted)
 
 
@@ -241,7 +246,7 @@ def accept_typical_lossy(target_probs, draft_probs, draft_tokens, generator=None
     """NOT exact, for contrast: Medusa's typical acceptance (arXiv 2401.10774). Keep what is not too unlikely: above min(.09, .3 e^-H)."""
     entropy = torch.special.entr(target_probs[:, :-1]).sum(-1)
     target_x = target_probs[:, :-1].gather(-1, draft_tokens[..., None])[..., 0]
-    n_accepted = leading((target_x > (0.3 * (-entropy).exp()).clamp(max=0.09)) & (draft_probs != 0).any(-1))
+    n_accepted = leading((target_x > (0.3 * (-entropy).exp()).clamp(max=0.09)) & guessed(draft_probs))
     return n_accepted, categorical(at(target_probs, n_accepted), generator)
 
 
@@ -619,6 +624,10 @@ class Stats:
         """tau: what a round emits, its correction or bonus included."""
         return self.emitted / max(1, self.rounds)
 
+    @property
+    def tokens_per_second(self):
+        return self.emitted / sum(self.seconds.values())
+
 
 def expected_tokens(alpha, k):
     """tau by theory, if every guess is accepted with probability alpha: (1 - alpha^(k+1)) / (1 - alpha), Leviathan (1)."""
@@ -876,7 +885,8 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
     -> {name: Stats}, {name: [speed-up in each turn]}, {n: median seconds of the target's pass over n tokens}.
     """
     B, middle = len(prompts[0]), len(prompts[0][0]) + max_new_tokens // 2
-    times = pass_times(target, B, middle, 8)
+    adaptive = any(k == "auto" or getattr(drafter, "times", None) == "measure" for drafter, k, _ in rows.values())
+    times = pass_times(target, B, middle, 8) if adaptive else None
     for drafter, *_ in rows.values():
         if getattr(drafter, "times", None) == "measure":
             drafter.times = times
@@ -890,9 +900,8 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
             for r in rounds(target, prompt, max_new_tokens, drafter, k, rule, seed=(seed + i) % 2**63, **options):
                 one.add(r)
                 stats[name].add(r)
-            speed = one.emitted / sum(one.seconds.values())
-            plain = speed if drafter is None else plain
-            speed_ups[name].append(speed / plain)
+            plain = one if drafter is None else plain
+            speed_ups[name].append(one.tokens_per_second / plain.tokens_per_second)
         sizes = sorted({size for s in stats.values() for size in s.sizes})
         for size, t in median_seconds(passes(target, B, middle, sizes), 3).items():
             seconds_of.setdefault(size, []).append(t)
@@ -912,7 +921,7 @@ def predict(stats, times, B):
 def print_table(target, rows, prompts, max_new_tokens, title, **options):
     stats, speed_ups, times = compare(target, rows, prompts, max_new_tokens, **options)
     plain, *others = stats
-    speeds = {name: s.emitted / sum(s.seconds.values()) for name, s in stats.items()}
+    speeds = {name: s.tokens_per_second for name, s in stats.items()}
     exact = [name for name in others if "lossy" not in rows[name][2]]
     best = max(exact, key=speeds.get, default=None)
     print(f"{title:26} tokens/s  speed-up         predicted  alpha        tau   draft  verify   rest")
@@ -1062,7 +1071,7 @@ def sweep(target, draft, rows, prompts, max_new_tokens, **options):
 def plot(target, contest, prompts, max_new_tokens, **options):
     """A bar for every row of the contest but the first, which is plain decoding. Returns the first bar's speed-up."""
     stats, speed_ups, times = compare(target, contest, prompts, max_new_tokens, **options)
-    speeds = [s.emitted / sum(s.seconds.values()) for s in stats.values()]
+    speeds = [s.tokens_per_second for s in stats.values()]
     for (name, s), speed in list(zip(stats.items(), speeds))[1:]:
         measured, predicted = speed / speeds[0], predict(s, times, len(prompts[0]))[0]
         bar = f"{'#' * round(20 * measured):{max(1, round(20 * predicted))}}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-from model import GPT, GPTConfig
+from model import GPT, DraftHeads, GPTConfig
 
 FALSE_ALARM = 1e-6  # the chance that the whole suite raises a false alarm, were all its seeds new:
 N_P_VALUES = 20  # it is divided among as many p-values, 18 in test_sampled_law.py and 2 in test_shipped_pair.py
@@ -49,6 +49,16 @@ def make_gpt(seed, vocab_size=7, block_size=48, n_layer=2, n_head=2, n_embd=8, s
                 weight.normal_(std=0.4)
         model.ln_f.weight.mul_(sharpness / n_embd**0.5)
     return model.eval()
+
+
+def make_heads(seed, vocab_size, n_hidden, markov=True):
+    """Random draft heads in float64 for the targets of make_gpt, with laws that differ."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        heads = DraftHeads(vocab_size, 8, n_hidden, markov).double().requires_grad_(False)
+        for weight in heads.parameters():
+            weight.normal_()
+    return heads
 
 
 def fresh_logits(model, tokens):

@@ -4,8 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import fresh_logits, make_gpt
-from model import DraftHeads
+from conftest import fresh_logits, make_gpt, make_heads
 from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, rounds
 from test_kvcache import poison
 
@@ -132,18 +131,10 @@ def test_ngram_forgets_the_prompt_before():
 # -- heads
 
 
-def make_heads(markov=True):
-    torch.manual_seed(0)
-    heads = DraftHeads(7, 8, 16, markov).double().requires_grad_(False)
-    for weight in heads.parameters():
-        weight.normal_()
-    return heads
-
-
 def test_heads_guess_from_the_targets_state_at_the_last_token_it_read():
     """Whatever was accepted: guess i comes from i applications of the cell to the hidden state of a fresh forward."""
     for markov in (True, False):
-        heads, texts = make_heads(markov), [[3, 1, 4], [0, 2, 6]]
+        heads, texts = make_heads(0, 7, 16, markov), [[3, 1, 4], [0, 2, 6]]
         drafter = HeadsDrafter(heads)
         for r in rounds(MODEL, torch.tensor(texts), 25, drafter, 3, seed=1):
             for b, text in enumerate(texts):
@@ -158,7 +149,7 @@ def test_heads_guess_from_the_targets_state_at_the_last_token_it_read():
 def test_blind_heads_do_not_hear_of_the_guess_before():
     state, tokens = torch.randn(1, 2, 8).double(), torch.tensor([[1, 2]])
     for markov in (True, False):
-        logits, other = (make_heads(markov)(state, t)[0] for t in (tokens, tokens.flip(1)))
+        logits, other = (make_heads(0, 7, 16, markov)(state, t)[0] for t in (tokens, tokens.flip(1)))
         assert torch.equal(logits, other) is not markov
 
 
@@ -168,7 +159,7 @@ def test_confidence_decides_how_many_guesses(monkeypatch):
     for times, counts in (([1, 1.3, 1.6, 1.9, 2.2], [2, 1]), ([1, 1, 1, 1, 1], [4, 4])):
         for rows, n in zip(([[0.9, 0.6, 0.6, 0.6]], [[0.9, 0.6, 0.6, 0.6], [0, 0, 0, 0]]), counts):
             chances = iter(torch.tensor(rows).T)
-            heads = make_heads()
+            heads = make_heads(0, 7, 16)
             monkeypatch.setattr(heads, "acceptance", lambda state: next(chances)[:, None])
             drafter = HeadsDrafter(heads, times)
             drafter.check(MODEL, 48)

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_gpt
+from conftest import make_gpt, make_heads
 from enumerator import outcomes
 from kvcache import KVCache
-from model import DraftHeads, GPTConfig
+from model import GPTConfig
 from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, generate, to_probs
 
 
@@ -152,19 +152,11 @@ def test_plain_decoding():
 # -- every drafter with every rule
 
 
-def make_heads(seed, V, n_embd=8, markov=True):
-    torch.manual_seed(seed)
-    heads = DraftHeads(V, n_embd, 8, markov).double().requires_grad_(False)
-    for weight in heads.parameters():
-        weight.normal_()
-    return heads
-
-
 def make_drafters(V):
     """{name: drafter} for the target of gpts(AGREE_HALFWAY[V], V)."""
-    draft, heads = gpts(AGREE_HALFWAY[V], V)[1], make_heads(3, V)
+    draft, heads = gpts(AGREE_HALFWAY[V], V)[1], make_heads(3, V, 8)
     return {
-        "model": ModelDrafter(draft), "ngram": NGramDrafter(), "heads": HeadsDrafter(heads), "blind": HeadsDrafter(make_heads(4, V, markov=False)),
+        "model": ModelDrafter(draft), "ngram": NGramDrafter(), "heads": HeadsDrafter(heads), "blind": HeadsDrafter(make_heads(4, V, 8, markov=False)),
         "confident": HeadsDrafter(heads, [1, 1.2, 1.6, 2.4]),
     }  # fmt: skip
 

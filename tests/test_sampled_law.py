@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import specdec
-from conftest import FALSE_ALARM, N_P_VALUES, make_gpt, wrong_rule
-from model import DraftHeads
+from conftest import FALSE_ALARM, N_P_VALUES, make_gpt, make_heads, wrong_rule
 from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, generate, pearson, to_probs
 
 LEVEL = FALSE_ALARM / N_P_VALUES
@@ -32,10 +31,7 @@ def visible_tv(cells, n):
 
 
 def make_drafters():
-    torch.manual_seed(3)
-    heads = DraftHeads(V, 8, 8).double().requires_grad_(False)
-    for weight in heads.parameters():
-        weight.normal_()
+    heads = make_heads(3, V, 8)
     return {
         "model": ModelDrafter(DRAFT), "ngram": NGramDrafter(), "heads": HeadsDrafter(heads),
         "tree": TreeDrafter(ModelDrafter(DRAFT), (2, 1, 2)), "tree of heads": TreeDrafter(HeadsDrafter(heads), (2, 2), top=True),
