@@ -40,8 +40,16 @@ class Conv1D(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_in, n_out) * std)
         self.bias = nn.Parameter(torch.zeros(n_out))
+        self.packed = None
+
+    def pack(self):
+        """On a CPU: the weight to 16 bits, laid out once and for all for fbgemm, which multiplies in float32 (README, "What was found")."""
+        self.packed = torch.ops.quantized.linear_prepack_fp16(self.weight.detach().T.contiguous(), self.bias.detach())
+        self.weight.data = self.weight.data.half()
 
     def forward(self, x):
+        if self.packed is not None:
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
         return torch.addmm(self.bias, x, self.weight)
 
 
@@ -123,40 +131,45 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size, max_length=None):
         """An empty cache for B rows of up to max_length tokens (block_size unless told)."""
-        c, weight = self.config, self.wte.weight
+        c, weight = self.config, next(self.parameters())
         return KVCache(c.n_layer, batch_size, c.n_head, max_length or c.block_size, c.n_embd // c.n_head, weight.device, weight.dtype)
 
 
 class DraftHeads(nn.Module):
-    """Guesses from the target's own last hidden state: one residual cell, applied once per guess.
+    """Guesses from the target's own hidden states: one transformer block, applied once per guess.
 
-        state_0 = the target's hidden state at the last token that it has read
-        state_i = LayerNorm(state_{i-1} + W2 gelu(W1 [state_{i-1}; embedding of the token before guess i])) -> law of guess i
+        state = c_state(the target's hidden state before token t), or, where the target has not read that far, the block's own
+        x = state + c_in([state; embedding of token t])  ->  block, LayerNorm  ->  the next state  ->  law of token t + 1
 
-    Without the embedding (markov=False) the cell is blind: it guesses token i without knowing what i-1 became, as Medusa's
-    residual heads do (Cai et al. 2024, arXiv 2401.10774). With it, guesses follow from each other, the idea of DSpark's Markov
-    head (arXiv 2607.05147) and of Hydra (Ankner et al. 2024, arXiv 2402.05109). One cell serves every position, so k is free.
+    The block attends to all that it read before, so it has a KV cache, in which slot t belongs to token t. One block serves
+    every position, and k is free: EAGLE (Li et al. 2024, arXiv 2401.15077). Told the token just guessed, its guesses follow
+    from each other, which is the idea of DSpark's Markov head (arXiv 2607.05147). Without the embedding (markov=False) it is
+    blind: it guesses on without knowing what the guess before became, as Medusa's heads do (Cai et al. 2024, arXiv 2401.10774).
     """
 
-    def __init__(self, vocab_size, n_embd, n_hidden, markov=True):
+    def __init__(self, vocab_size, n_state, n_embd, markov=True):
         super().__init__()
+        self.config = GPTConfig(vocab_size, block_size=0, n_layer=1, n_head=4, n_embd=n_embd)
+        self.c_state = nn.Linear(n_state, n_embd)
         self.wte = nn.Embedding(vocab_size, n_embd) if markov else None
-        self.c_fc = Conv1D((1 + markov) * n_embd, n_hidden)
-        self.c_proj = Conv1D(n_hidden, n_embd)
-        self.ln = nn.LayerNorm(n_embd)
+        self.c_in = Conv1D((1 + markov) * n_embd, n_embd, std=((1 + markov) * n_embd) ** -0.5)
+        self.h = nn.ModuleList([Block(self.config)])
+        self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.confidence = nn.Linear(n_embd, 1)
 
-    def forward(self, state, tokens):
-        """state (B, T, D), and the token that follows each, (B, T) int64 -> logits of the token after that, next state."""
+    def forward(self, state, tokens, cache, tree=None):
+        """state (B, T, n_embd) before each of the tokens (B, T) int64 -> the state after it, of which `lm_head` makes logits."""
+        _, mask = cache.extend(tokens.shape[1], tree)
         x = state if self.wte is None else torch.cat((state, self.wte(tokens)), -1)
-        x = self.c_proj(F.gelu(self.c_fc(x.flatten(0, 1)), approximate="tanh"))
-        state = self.ln(state + x.view_as(state))
-        return self.lm_head(state), state
+        x = state.flatten(0, 1) + self.c_in(x.flatten(0, 1))
+        return self.ln_f(self.h[0](x, len(tokens), 0, cache, mask)).view_as(state)
 
     def acceptance(self, state):
-        """The chance that a guess drawn from this state's law will be accepted, as learnt: (B, T, D) -> (B, T)."""
+        """The chance that a guess drawn from this state's law will be accepted, as learnt: (B, T, n_embd) -> (B, T)."""
         return self.confidence(state)[..., 0].sigmoid()
+
+    new_cache = GPT.new_cache
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------------
@@ -177,8 +190,13 @@ def save_checkpoint(path, model, encoding):
 def load_checkpoint(path, device=None, dtype=None):
     """-> (GPT in evaluation mode, in dtype (float32 unless told), tiktoken.Encoding).
 
-    OSError: no such file. ValueError: not a checkpoint of this project, or damaged.
+    float16 on a CPU means the matrices of the layers, all else stays float32: see `Conv1D.pack`.
+    OSError: no such file. ValueError: not a checkpoint of this project, or damaged; or no float16 on this CPU.
     """
+    device, dtype = torch.device(device or "cpu"), dtype or torch.float32
+    pack = device.type == "cpu" and dtype == torch.float16
+    if pack and "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise ValueError("float16 needs fbgemm, which this processor does not have")
     with _load(path) as content:
         model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["weights"])
@@ -187,7 +205,12 @@ def load_checkpoint(path, device=None, dtype=None):
         encoding = make_encoding(tokenizer["pattern"], ranks)
         if encoding.n_vocab > model.config.vocab_size:
             raise ValueError("more tokens than embeddings")
-    return model.to(device=device, dtype=dtype or torch.float32).eval(), encoding
+    model.to(device=device, dtype=torch.float32 if pack else dtype).eval()
+    if pack:
+        for module in model.modules():
+            if isinstance(module, Conv1D):
+                module.pack()
+    return model, encoding
 
 
 def save_heads(path, target, markov, blind):
@@ -203,8 +226,8 @@ def load_heads(path, target):
     heads = []
     with _load(path) as content:
         for kind in ("markov", "blind"):
-            V, D = content[kind]["lm_head.weight"].shape
-            heads.append(DraftHeads(V, D, content[kind]["c_fc.bias"].shape[0], markov=kind == "markov"))
+            V, n_embd = content[kind]["lm_head.weight"].shape
+            heads.append(DraftHeads(V, content[kind]["c_state.weight"].shape[1], n_embd, markov=kind == "markov"))
             heads[-1].load_state_dict(content[kind])
         whose = content["target"]
     if whose != fingerprint(target):

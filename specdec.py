@@ -304,7 +304,7 @@ class Drafter:
         self.vocab_size = target.config.vocab_size
 
     def start(self, prompt, max_length, hidden):
-        """Read prompt (B, T) but for its newest token. hidden (B, D): the target's state there."""
+        """Read prompt (B, T) but for its newest token. hidden (B, T-1, D): the target's states there."""
 
     def propose(self, text, length, k, law, generator):
         """Guess up to k tokens after the first `length` (B,) tokens of each row of text: draft_tokens (B, k), draft_probs (B, k, V)."""
@@ -330,8 +330,11 @@ class Drafter:
     def keep(self, start, path):
         """Of a tree whose root is at slot `start` (B,) keep the nodes on `path` (B, n)."""
 
-    def commit(self, length, hidden):
-        """Forget what is not among the first `length` (B,) tokens. hidden (B, D): the target's state at the last of them."""
+    def commit(self, length, n_new, hidden):
+        """n_new (B,) tokens now follow the first `length` (B,): forget what else was guessed.
+
+        hidden (B, n, D): the target's states at the newest of those `length` tokens, and at the guesses.
+        """
 
 
 class ModelDrafter(Drafter):
@@ -352,12 +355,7 @@ class ModelDrafter(Drafter):
         self.model(prompt[:, :-1], self.cache)
 
     def begin(self, text, length):
-        # Feed whatever the cache lacks: the newest token, and the last guess of the round before if all were accepted, since
-        # nobody has read that one yet. Where another row lacks more than this one, the difference is read again.
-        lacking = (length - self.cache.length).max().item()
-        self.cache.rollback(length - lacking)
-        tokens = text.gather(1, (length - lacking)[:, None] + torch.arange(lacking, device=text.device))
-        return self.model(tokens, self.cache)[0][:, -1:]
+        return self.model(text.gather(1, lacking(self.cache, length)), self.cache)[0][:, -1:]
 
     def step(self, tokens, tree=None):
         return self.model(tokens, self.cache, tree)[0]
@@ -365,8 +363,19 @@ class ModelDrafter(Drafter):
     def keep(self, start, path):
         self.cache.keep(start, path)
 
-    def commit(self, length, hidden):
-        self.cache.rollback(torch.minimum(length, self.cache.length))
+    def commit(self, length, n_new, hidden):
+        self.cache.rollback(torch.minimum(length + n_new - 1, self.cache.length))
+
+
+def lacking(cache, length):
+    """Where the tokens stand that must be read before the first `length` (B,) are known: (B, n). The cache is rolled back to there.
+
+    They are the newest token, and the last guess of the round before if all were accepted, since nobody has read that one
+    yet. Where another row lacks more than this one, the difference is read again.
+    """
+    n = (length - cache.length).max().item()
+    cache.rollback(length - n)
+    return (length - n)[:, None] + torch.arange(n, device=length.device)
 
 
 class NGramDrafter(Drafter):
@@ -401,7 +410,7 @@ class NGramDrafter(Drafter):
 
 
 class HeadsDrafter(Drafter):
-    """Guesses from the target's own hidden state with its `DraftHeads`: no second model, no second cache.
+    """Guesses from the target's own hidden states with its `DraftHeads`: a draft model of one block, which reads over its shoulder.
 
     times: the seconds that the target's pass takes over 1, 2, .. tokens. With them the number of guesses follows the heads'
     own confidence, as in DSpark (arXiv 2607.05147): stop where (1 + a_1 + a_1 a_2 + ..) / time stops growing.
@@ -412,23 +421,27 @@ class HeadsDrafter(Drafter):
 
     def check(self, target, length):
         super().check(target, length)
-        ours, theirs = self.heads.lm_head.weight, target.wte.weight
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            shapes = f"{tuple(ours.shape)} {ours.dtype}, not {tuple(theirs.shape)} {theirs.dtype}"
+        ours, theirs = (self.heads.config.vocab_size, self.heads.c_state.in_features), tuple(target.wte.weight.shape)
+        if ours != theirs or self.heads.lm_head.weight.dtype != target.wte.weight.dtype:
+            shapes = f"{ours} {self.heads.lm_head.weight.dtype}, not {theirs} {target.wte.weight.dtype}"
             raise ValueError(f"the heads are for a target of another shape, {shapes}")
 
     def start(self, prompt, max_length, hidden):
-        self.hidden = hidden
+        self.cache = self.heads.new_cache(len(prompt), max_length)
+        self.row = torch.arange(len(prompt), device=prompt.device)[:, None]
+        self.before = F.pad(hidden, (0, 0, 1, max_length - prompt.shape[1]))  # [:, t]: the target's state before token t
+        self.heads(self.heads.c_state(self.before[:, : hidden.shape[1]]), prompt[:, :-1], self.cache)
 
     def begin(self, text, length):
-        self.state = self.hidden[:, None]
-        self.survival = self.expected = torch.ones_like(self.hidden[:, 0]) * self.going
-        return self.step(text.gather(1, length[:, None] - 1))
+        where = lacking(self.cache, length)
+        self.state = self.heads(self.heads.c_state(self.before[self.row, where]), text.gather(1, where), self.cache)[:, -1:]
+        self.survival = self.expected = torch.ones_like(self.state[:, 0, 0]) * self.going
+        return self.heads.lm_head(self.state)
 
     def step(self, tokens, tree=None):
         state = self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)
-        logits, self.state = self.heads(state, tokens)
-        return logits
+        self.state = self.heads(state, tokens, self.cache, tree)
+        return self.heads.lm_head(self.state)
 
     def go_on(self, n):
         if self.times is None:
@@ -438,8 +451,10 @@ class HeadsDrafter(Drafter):
         before, self.expected = self.expected, self.expected + self.survival
         return n + 1 < len(self.times) and (self.expected.sum() / self.times[n + 1] > before.sum() / self.times[n]).item()
 
-    def commit(self, length, hidden):
-        self.hidden = hidden
+    def commit(self, length, n_new, hidden):
+        # What was read behind `length` was read with states of its own making: the target's are known now, so it is read again.
+        self.cache.rollback(torch.minimum(length, self.cache.length))
+        self.before[self.row, length[:, None] + torch.arange(hidden.shape[1], device=length.device)] = hidden
 
 
 class TreeDrafter(Drafter):
@@ -528,7 +543,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
     step, row = torch.arange(k.most + 1, device=prompt.device)[None], torch.arange(B, device=prompt.device)[:, None]
     cache = target.new_cache(B, text.shape[1] + drafter.extra)
     _, hidden = target(prompt[:, :-1], cache)
-    drafter.start(prompt, text.shape[1] + drafter.extra, F.pad(hidden, (0, 0, 1, 0))[:, -1])  # zeros where nothing was read yet
+    drafter.start(prompt, text.shape[1] + drafter.extra, hidden)
 
     while (most := (room := end - length).max().item()) > 0:
         start, drafting = now(), drafter.seconds
@@ -537,7 +552,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         drafter.going = room > 0
 
         # 1. Guess. The rule adds one token, so no row has room for more than most - 1 guesses.
-        draft_tokens, draft_probs = drafter.propose(text, length, min(k.choose(), most - 1), law, generator)
+        draft_tokens, draft_probs = drafter.propose(text, length, min(k.choose(room), most - 1), law, generator)
 
         # 2. Score: target_probs[:, i] is the law after guess i; at 0, after the newest token.
         tokens = torch.cat((text.gather(1, length[:, None] - 1), draft_tokens), 1)
@@ -566,9 +581,9 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
             n_new = torch.where(ends, is_eos.long().argmax(1) + 1, n_new)
             end = torch.where(ends, length + n_new, end)
         text.scatter_(1, length[:, None] + step[:, : n + 1], tokens)
+        drafter.commit(length, n_new, hidden)
         length = length + n_new
         cache.rollback(length - 1)
-        drafter.commit(length - 1, hidden[row[:, 0], (n_new - 1).clamp(min=0)])
 
         seconds = {"draft": drafter.seconds - drafting, "verify": scored - ready}
         seconds["rest"] = now() - start - sum(seconds.values())
@@ -652,7 +667,8 @@ class FixedK:
             raise ValueError(f"k is {k}; it cannot be negative")
         self.most = k
 
-    def choose(self):
+    def choose(self, room):
+        """room (B,): how many tokens each row has yet to write."""
         return self.most
 
     def add(self, r):
@@ -660,11 +676,13 @@ class FixedK:
 
 
 class AutoK(FixedK):
-    """Before each round, the k that promises most tokens per second: expected_tokens(alpha, k) / (T(k+1) + k * guess + rest).
+    """Before each round, the k with which the batch promises to end first, at T(k+1) + k * guess + rest a round.
 
     alpha, and what a guess and the rest of a round cost, come from the rounds behind; k = 0, plain decoding, is one of the
     choices, and the right one where speculation loses. What lies ahead is not looked at, so the law stays the target's. The
     past counts less and less, and alpha drifts back to where it started: so guessing is tried again now and then.
+    A batch ends with its slowest row. n rounds of tau tokens on average and variance v stray by sqrt(n v) tokens, and the
+    unluckiest of B rows by about sqrt(2 log B) times that; in plain decoding all end at once.
     times: the seconds of the target's pass over 1, 2, .., most+1 tokens, as from `pass_times`.
     """
 
@@ -673,10 +691,17 @@ class AutoK(FixedK):
         self.times = times
         self.accepted, self.evaluated, self.guess, self.rest, self.n = 3.0, 5.0, times[0] / 10, times[0] / 10, 0
 
-    def choose(self):
-        alpha = self.accepted / self.evaluated
-        cost = [t + (k * self.guess + self.rest) * (k > 0) for k, t in enumerate(self.times)]
-        return max(range(self.most + 1), key=lambda k: expected_tokens(alpha, k) / cost[k])
+    def choose(self, room):
+        alpha, unlucky = self.accepted / self.evaluated, math.sqrt(2 * math.log((room > 0).sum().item()))
+        most = room.max().item()
+
+        def seconds(k):
+            tau = expected_tokens(alpha, k)
+            variance = sum((2 * i + 1) * alpha**i for i in range(k + 1)) - tau**2
+            n_rounds = most / tau + unlucky * math.sqrt(most / tau * max(0, variance)) / tau
+            return n_rounds * (self.times[k] + (k * self.guess + self.rest) * (k > 0))
+
+        return min(range(self.most + 1), key=seconds)
 
     def add(self, r):
         n_guessed = r.n_guessed
@@ -816,23 +841,42 @@ def find_device(name=None):
         raise ValueError(f"there is no device {name!r} here") from None
 
 
-def load_pair(folder=CHECKPOINTS, device=None, dtype=None):
-    """-> target, draft, encoding. dtype None: float32 or bfloat16, whichever makes plain decoding faster here, by a short race.
+def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
+    """-> target, draft, encoding. dtype None: whichever makes plain decoding fastest here, by a short race.
 
+    threads: numbers of threads to choose among in the same race (PyTorch is set to the winner); none: as many as there are. A
+    race on a shared machine cannot tell 10% apart; among those that are so close, a pass over five tokens decides. On a CPU
+    the draft is in float32 where the target is in float16: it is too small to gain by that.
     OSError, ValueError: as `load_checkpoint`; or the two have different tokenizers.
     """
     folder, device = Path(folder), find_device(device)
-    if dtype is None:
-        both = {d: load_checkpoint(folder / "large.pt", device, d) for d in (torch.float32, torch.bfloat16)}
-        seconds = median_seconds({d: passes(model, 1, 64, (1,))[1] for d, (model, _) in both.items()})
-        dtype = min(seconds, key=seconds.get)
-        target, encoding = both[dtype]
-    else:
-        target, encoding = load_checkpoint(folder / "large.pt", device, dtype)
-    draft, other = load_checkpoint(folder / "tiny.pt", device, dtype)
+    half = device.type == "cuda" or "fbgemm" in torch.backends.quantized.supported_engines
+    dtypes = (dtype,) if dtype else (torch.float32, torch.bfloat16) + (torch.float16,) * half
+    targets = {d: load_checkpoint(folder / "large.pt", device, d) for d in dtypes}
+    choices = [(d, n) for d in dtypes for n in threads or (torch.get_num_threads(),)]
+    if len(choices) > 1:
+        seconds = race(targets, choices, 1)
+        choices = [choice for choice in choices if seconds[choice] < 1.1 * min(seconds.values())]
+    seconds = race(targets, choices, 5) if len(choices) > 1 else {choices[0]: 0}
+    dtype, n_threads = min(seconds, key=seconds.get)
+    torch.set_num_threads(n_threads)
+    target, encoding = targets[dtype]
+    draft, other = load_checkpoint(folder / "tiny.pt", device, target.wte.weight.dtype)
     if other._mergeable_ranks != encoding._mergeable_ranks or other._pat_str != encoding._pat_str:
         raise ValueError(f"large.pt and tiny.pt in {folder} have different tokenizers: their token ids do not mean the same")
     return target, draft, encoding
+
+
+def race(targets, choices, n):
+    """{(dtype, threads): seconds of five passes over n tokens}: not of one, which would pay for what another choice left behind."""
+
+    def run(one_pass, threads):
+        torch.set_num_threads(threads)
+        for _ in range(5):
+            one_pass()
+
+    one_pass = {dtype: passes(target, 1, 64, (n,))[n] for dtype, (target, _) in targets.items()}
+    return median_seconds({(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}, 7)
 
 
 def tell(passes, encoding, prompt=""):
@@ -870,6 +914,8 @@ def contenders(draft, heads, drafter, rule, k, tree):
         rows[f"n-gram lookup, k={ngram_k}"] = (NGramDrafter(), ngram_k, judge)
     if heads and drafter in (None, "heads"):
         rows[f"heads, k={k}"] = (HeadsDrafter(heads[0]), k, judge)
+        if rule is None:
+            rows["  block rule (heads)"] = (HeadsDrafter(heads[0]), k, "block")
         rows["  blind, as Medusa's"] = (HeadsDrafter(heads[1]), k, judge)
         rows["  k by confidence"] = (HeadsDrafter(heads[0], "measure"), 8, judge)
     if judge == "rejection" and drafter in (None, "tree"):
@@ -1102,21 +1148,24 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows decoded at once (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster in plain decoding, by a short race")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the fastest in plain decoding, by a short race")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the processor (default: 1, 2, 4, .., chosen in the same race)")
     parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="the folder of large.pt, tiny.pt, heads.pt")
     face = parser.add_mutually_exclusive_group()
     face.add_argument("--sweep", action="store_true", help="measure: what a pass costs, and the speed-up against k and batch size")
     face.add_argument("--check", action="store_true", help="sample many times, compare with the exact law, exit 1 if it is off")
     args = parser.parse_args(argv)
     try:
-        if args.max_new_tokens < 1 or args.batch < 1:
-            raise ValueError("--max-new-tokens and --batch must be at least 1")
+        if min(args.max_new_tokens, args.batch, 1 if args.threads is None else args.threads) < 1:
+            raise ValueError("--max-new-tokens, --batch and --threads must be at least 1")
         if args.drafter == "tree" and ((args.rule or "rejection") != "rejection" or args.k is not None):
             raise ValueError("a tree has a rule of its own, recursive rejection, and a shape of its own: leave out --rule and -k")
         if args.check and args.k == "auto":
             raise ValueError("--check needs a fixed k")
         device, dtype = find_device(args.device), args.dtype and getattr(torch, args.dtype)
-        target, draft, encoding = load_pair(args.checkpoints, device, dtype)
+        most = torch.get_num_threads()
+        threads = (args.threads,) if args.threads else sorted({2**i for i in range(most.bit_length())} | {most}) if device.type == "cpu" else ()
+        target, draft, encoding = load_pair(args.checkpoints, device, dtype, threads)
         heads = None
         if args.drafter == "heads" or args.drafter != "ngram" and (args.checkpoints / "heads.pt").exists():
             heads = load_heads(args.checkpoints / "heads.pt", target)
@@ -1141,10 +1190,11 @@ def main(argv=None):
         sys.exit(not check(target, rows, encoding, prompts[0][0], temperature=temperatures[0], **options))
 
     models = [("large.pt, the target:", target), ("tiny.pt, the draft:", draft)] + [("heads.pt, draft heads:", h) for h in (heads or [])[:1]]
+    threads = f"{torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
     for name, model in models:
-        shape = f"{model.config.n_layer} x {model.config.n_embd}" if hasattr(model, "config") else "one cell"
-        weights = list(model.parameters())
-        print(f"{name:22} {sum(w.numel() for w in weights):10,} weights in {shape}, {str(weights[0].dtype)[6:]} on {device}")
+        shape = f"{model.config.n_layer} x {model.config.n_embd}"
+        weights, dtype = sum(w.numel() for w in model.parameters()), model.h[0].mlp.c_fc.weight.dtype
+        print(f"{name:22} {weights:10,} weights in {shape}, {str(dtype)[6:]} on {device}, {threads}")
     if args.sweep:
         print()
         sweep(target, draft, rows, prompts, args.max_new_tokens, temperature=temperatures[0], **options)
@@ -1165,7 +1215,7 @@ def main(argv=None):
     if repeating is not None:
         some = {name: row for name, row in rows.items() if row[0] is None or isinstance(row[0], NGramDrafter)}
         title = f"text that repeats, T={temperatures[-1]:g}"
-        print_table(target, some, [repeating] * 2, args.max_new_tokens, title, temperature=temperatures[-1], **options)
+        print_table(target, some, [repeating] * 2, args.max_new_tokens, title, seconds=6, temperature=temperatures[-1], **options)
     print(GLOSSARY)
 
 

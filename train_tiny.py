@@ -36,7 +36,7 @@ class Preset:
     block_size: int  # length of a training window, and the longest text that the pair will decode
     large: tuple  # n_layer, n_head, n_embd
     tiny: tuple
-    n_hidden: int  # inside the cell of the draft heads
+    n_heads_embd: int  # width of the draft heads
     batch_size: int  # windows per step
     written: int  # batches of 128 windows that large writes
     steps: tuple  # of large, of tiny, of distillation, of each kind of heads
@@ -44,11 +44,11 @@ class Preset:
 
 
 PRESETS = {
-    "tiny-cpu": Preset(512, 128, (4, 4, 128), (1, 2, 64), 128, 16, 2, (200, 200, 200, 100), 60_000),
-    "cpu": Preset(1024, 512, (12, 4, 224), (1, 4, 144), 512, 8, 18, (4000, 2500, 2500, 3000), 200_000),
-    "gpu": Preset(1024, 1024, (12, 12, 768), (2, 4, 128), 2048, 64, 64, (3000, 2000, 10000, 5000), 200_000),
+    "tiny-cpu": Preset(512, 128, (4, 4, 128), (1, 2, 64), 64, 16, 2, (200, 200, 200, 100), 60_000),
+    "cpu": Preset(1024, 512, (12, 4, 224), (1, 4, 144), 144, 8, 18, (4000, 2500, 2500, 2800), 200_000),
+    "gpu": Preset(1024, 1024, (12, 12, 768), (2, 4, 128), 256, 64, 64, (3000, 2000, 10000, 5000), 200_000),
 }
-PEAK_LR = {"large": 2e-3, "tiny": 4e-3, "distil": 1e-3, "markov": 2e-3, "blind": 2e-3}
+PEAK_LR = {"large": 2e-3, "tiny": 4e-3, "distil": 1e-3, "markov": 5e-3, "blind": 5e-3}
 N_AHEAD = 4  # positions that the heads are trained on
 
 # GPT-2's: a word keeps the space before it; letters, digits and signs never share a token.
@@ -134,34 +134,78 @@ def distillation_loss(tiny, wte, windows, hidden):
     return agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[:, 1:].flatten())[0]
 
 
-def heads_loss(heads, wte, windows, hidden, start, n=N_AHEAD):
-    """Of guesses 1..n after the positions start (B, M) of windows (B, T); hidden and wte as above. Later guesses count less.
+class Chains:
+    """The draft heads' KVCache in training: what they read of a whole text, and behind it M chains of guesses after start (B, M).
 
-    To it belongs the confidence: cross-entropy of the acceptance that the heads expect against the one that is found.
+    It grows, so that gradients pass through it. A chain sees the text up to its start, and itself.
+    """
+
+    def __init__(self, start):
+        self.start, self.kv, self.visible = start, None, None
+
+    def extend(self, T, tree=None):
+        t = torch.arange(T, device=self.start.device)
+        if self.kv is None:  # the text
+            self.visible = t <= self.start[..., None]
+            return None, t <= t[:, None]
+        own = (t == t[:, None]).expand(len(self.start), T, T)
+        self.visible = torch.cat((self.visible, own), -1)
+        return None, self.visible[:, None]
+
+    def write(self, layer, kv):
+        self.kv = kv if self.kv is None else torch.cat((self.kv, kv), -2)
+        return self.kv
+
+
+def heads_loss(heads, wte, windows, hidden, start, n=N_AHEAD):
+    """Of guesses 1..n after the tokens at start (B, M) of windows (B, T); hidden and wte as above. Later guesses count less.
+
+    The heads read the true states of all tokens up to start, and behind them their own, as they will when decoding ("training-time
+    test", EAGLE-3, Li et al. 2025, arXiv 2503.01840). To the loss belongs the confidence: cross-entropy of the acceptance
+    that the heads expect against the one that is found.
     -> loss, and alpha of each guess, (n, B * M)
     """
     row = torch.arange(len(windows), device=windows.device)[:, None]
-    state, loss, alphas = hidden[row, start].to(wte.dtype), 0.0, []
+    cache, hidden = Chains(start), hidden.to(wte.dtype)
+    before = F.pad(hidden, (0, 0, 1, -1))  # the state before each token; nothing before the first
+    state = heads(heads.c_state(before), windows, cache)[row, start]
+    loss, alphas = 0.0, []
     for i in range(1, n + 1):
-        logits, state = heads(state, windows[row, start + i])
-        target_logits = F.linear(hidden[row, start + i].to(wte.dtype), wte)
-        one, alpha = agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[row, start + i + 1].flatten())
+        logits = heads.lm_head(state)
+        target_logits = F.linear(hidden[row, start + i - 1], wte)
+        one, alpha = agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[row, start + i].flatten())
         confidence = F.binary_cross_entropy_with_logits(heads.confidence(state.detach()).flatten().float(), alpha)
         loss = loss + math.exp(-(i - 1) / n) * (one + confidence)
         alphas.append(alpha)
+        if i < n:
+            state = heads(state, windows[row, start + i], cache)
     return loss, torch.stack(alphas)
 
 
+@torch.no_grad()
+def new_heads(large, n_embd, markov):
+    """Draft heads that begin as large's own output layer, seen in the n_embd directions that matter most to it."""
+    wte = large.wte.weight
+    heads = DraftHeads(*wte.shape, n_embd, markov).to(wte.device)
+    main = torch.linalg.svd(wte, full_matrices=False).Vh[:n_embd]  # (n_embd, D)
+    heads.c_state.weight.copy_(main)
+    heads.lm_head.weight.copy_(wte @ main.T)
+    if markov:
+        heads.wte.weight.copy_(wte @ main.T / wte.std())  # as large as the state beside which it is read
+    return heads
+
+
 def make_optimizers(model):
-    """For a GPT, Muon for the matrices inside the layers, AdamW for the rest; one learning rate serves both. For heads, AdamW.
+    """Muon for the matrices of the layers, AdamW for embeddings, output and vectors; one learning rate serves both.
 
     Muon (Jordan et al. 2024) makes each step's update near-orthogonal. After 250 steps on the default corpus, held-out loss
     was 3.89 with it and 4.45 with AdamW alone, in about the same time.
     """
-    matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.ndim == 2]
-    others = [p for name, p in model.named_parameters() if not name.startswith("h.") or p.ndim < 2]
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        (matrices if "c_" in name and weight.ndim == 2 else others).append(weight)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
-    return [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), adamw] if matrices else [adamw]
+    return [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 class Interrupted(Exception):
@@ -331,7 +375,7 @@ def held_out_alpha(large, tiny, windows, device, autocast):
 @torch.no_grad()
 def heads_alpha(heads, wte, texts, hidden):
     """Acceptance rate at temperature 1 of guesses 1..N_AHEAD in texts (N, T), and its standard error: 2 x (N_AHEAD,)."""
-    start = torch.arange(texts.shape[1] // 16, texts.shape[1] - N_AHEAD - 1, device=texts.device)[None]
+    start = torch.arange(texts.shape[1] // 16, texts.shape[1] - N_AHEAD, device=texts.device)[None]
     means = torch.stack([heads_loss(heads, wte, t[None].long(), h[None], start)[1].mean(1) for t, h in zip(texts, hidden)])
     return means.mean(0), means.std(0) / len(means) ** 0.5
 
@@ -386,7 +430,6 @@ def run(args):
         encoding = train_tokenizer(texts, preset.vocab_size, preset.sample)
         large, tiny = (GPT(GPTConfig(preset.vocab_size, preset.block_size, *shape)).to(device) for shape in (preset.large, preset.tiny))
     block_size, wte = large.config.block_size, large.wte.weight
-    heads = {kind: DraftHeads(*wte.shape, preset.n_hidden, kind == "markov").to(device) for kind in ("markov", "blind")}
     tokens, held_out = encode(encoding, texts), encode(encoding, held_out_texts)
     if min(len(tokens), len(held_out)) < 2 * (block_size + 1):
         sizes = f"{len(tokens)} tokens to train on, {len(held_out)} held out"
@@ -402,7 +445,7 @@ def run(args):
     windows = held_out_windows(held_out, block_size)
     if stages.state["dtype"] is None:
         stages.state["dtype"] = faster_dtype(large, windows[: preset.batch_size].to(device))
-    for title, model in (("large", large), ("tiny", tiny), ("heads", heads["markov"])):
+    for title, model in (("large", large), ("tiny", tiny)):
         print(f"{title}: {sum(p.numel() for p in model.parameters()):,} weights, on {device}, in {stages.state['dtype']}", flush=True)
 
     def text_batch(model, generator):
@@ -413,6 +456,7 @@ def run(args):
         large = stages.train("large", large, text_batch, preset.steps[0], args.seed + 1, preset.batch_size * block_size)
         tiny = stages.train("tiny", tiny, text_batch, preset.steps[1], args.seed + 2, preset.batch_size * block_size)
     large.eval().requires_grad_(False)
+    heads = {kind: new_heads(large, preset.n_heads_embd, kind == "markov") for kind in ("markov", "blind")}
 
     # Tiny and the heads, on what large writes: of three batches two at temperature 1, one greedy.
     written = stages.state["written"]
@@ -432,7 +476,7 @@ def run(args):
         return batch
 
     def some_positions(model, wte, texts, states, generator):
-        first = torch.randint(block_size - N_AHEAD - 1, (len(texts), 128), generator=generator).to(device)
+        first = torch.randint(block_size - N_AHEAD, (len(texts), 128), generator=generator).to(device)
         return heads_loss(model, wte, texts, states, first)[0]
 
     measured = {"held-out text": windows, "what large writes after held-out text": held_out_own.long()}
@@ -441,7 +485,7 @@ def run(args):
     tiny = stages.train("distil", tiny, distil, preset.steps[2], args.seed + 3, preset.batch_size * block_size)
     after = [held_out_alpha(large, tiny, texts, device, autocast) for texts in measured.values()]
     for kind in heads:
-        stages.train(kind, heads[kind], own_batch(some_positions), preset.steps[3], args.seed + 4, preset.batch_size * 128)
+        stages.train(kind, heads[kind], own_batch(some_positions), preset.steps[3], args.seed + 4, preset.batch_size * block_size)
 
     # All files are complete before any name is taken. A run that dies in between still has partial.pt to go on from.
     save_checkpoint(args.checkpoints / "large.pt.complete", large, encoding)

@@ -2,16 +2,20 @@
 
 import importlib.util
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import Phase, settings
 
 from model import GPT, DraftHeads, GPTConfig
 
 FALSE_ALARM = 1e-6  # the chance that the whole suite raises a false alarm, were all its seeds new:
 N_P_VALUES = 20  # it is divided among as many p-values, 18 in test_sampled_law.py and 2 in test_shipped_pair.py
+
+SECOND_CORE = ThreadPoolExecutor(1)  # the other tests use the first
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("mutants", settings.get_profile("default"), phases=(Phase.generate,))  # a failure will do, however large
@@ -25,12 +29,33 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Before any test imports it, `specdec` is the file given by --impl."""
+    config.addinivalue_line("markers", "beside(call, ...): see pytest_collection_modifyitems")
     if file := config.getoption("--impl"):
         if not Path(file).is_file():
             raise pytest.UsageError(f"--impl: there is no file {file}")
         spec = importlib.util.spec_from_file_location("specdec", Path(file).resolve())
         sys.modules["specdec"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["specdec"])
+
+
+def pytest_collection_modifyitems(items):
+    """A test marked beside(call, ..) asks what comes of a call that starts processes. It waits till the end, while the call is made."""
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+
+
+def pytest_collection_finish(session):
+    for item in session.items:
+        if marker := item.get_closest_marker("beside"):
+            item.call = SECOND_CORE.submit(*marker.args)
+
+
+def pytest_sessionfinish():
+    SECOND_CORE.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.fixture
+def beside(request):
+    return request.node.call.result()
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -59,6 +84,17 @@ def make_heads(seed, vocab_size, n_hidden, markov=True):
         for weight in heads.parameters():
             weight.normal_()
     return heads
+
+
+def heads_logits(heads, target, text, guesses=()):
+    """What heads say after a text, and after each guess behind it, every pass from an empty cache: (1 + len(guesses), V)."""
+    states, logits = heads.c_state(F.pad(target(torch.tensor([text]))[1], (0, 0, 1, -1))), []
+    for i in range(len(guesses) + 1):
+        tokens = torch.tensor([[*text, *guesses[:i]]])
+        state = heads(states, tokens, heads.new_cache(1, tokens.shape[1]))[:, -1:]
+        states = torch.cat((states, state), 1)
+        logits.append(heads.lm_head(state)[0, 0])
+    return torch.stack(logits)
 
 
 def fresh_logits(model, tokens):

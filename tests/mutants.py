@@ -106,8 +106,8 @@ CATALOGUE = [
            'residual(at(target_probs, n_accepted), at(draft_probs, n_accepted)), generator)',
            'residual(at(target_probs, n_accepted), draft_probs[row, n_accepted.clamp(max=max(0, draft_tokens.shape[1] - 1))]), generator)', LAW),
     Mutant("D2", "the rejected guess stays in the draft's cache in place of the correction", "vllm-project/vllm#9730", "specdec.py",
-           'drafter.commit(length - 1,',
-           'drafter.commit(length,', "decoding"),
+           'drafter.commit(length, n_new, hidden)',
+           'drafter.commit(length + 1, n_new, hidden)', "decoding"),
     Mutant("D4", "no bonus after full acceptance", "ohdearquant/lattice#509", "specdec.py",
            "n_new = torch.minimum(n_accepted + 1, room)", "n_new = torch.minimum((n_accepted + 1).clamp(max=max(n, 1)), room)", "decoding"),
     Mutant("D5", "the prompt's newest token is read twice", "Lightning-AI/litgpt#2307", "specdec.py",
@@ -115,27 +115,27 @@ CATALOGUE = [
            '    _, hidden = target(prompt, cache)', LOOP),
     # -- E: caches and positions
     Mutant("E1", "the draft never reads its own last guess", "vllm-project/vllm#5765", "specdec.py",
-           "        self.cache.rollback(length - lacking)\n", "        self.cache.length, lacking = length - 1, 1\n", "decoding"),
+           "    cache.rollback(length - n)\n", "    cache.length, n = length - 1, 1\n", "drafter"),
     Mutant("E2", "the target forgets one token too few", "lablup/mlxcel#994", "specdec.py",
-           '        cache.rollback(length - 1)\n        drafter',
-           '        cache.rollback(torch.minimum(length, cache.length))\n        drafter', LOOP),
+           'length = length + n_new\n        cache.rollback(length - 1)\n',
+           'length = length + n_new\n        cache.rollback(torch.minimum(length, cache.length))\n', LOOP),
     Mutant("E2b", "the draft forgets one token too many", "lablup/mlxcel#994", "specdec.py",
-           'drafter.commit(length - 1,',
-           'drafter.commit(length - 2,', "decoding"),
+           'drafter.commit(length, n_new, hidden)',
+           'drafter.commit(length - 1, n_new, hidden)', "decoding"),
     Mutant("E4", "only the newest token is fed", "lucidrains/speculative-decoding@88641c0", "specdec.py",
-           "tokens = text.gather(1, (length - lacking)[:, None] + torch.arange(lacking, device=text.device))",
-           "tokens = text.gather(1, length[:, None] - 1)", "decoding"),
+           "    return (length - n)[:, None] + torch.arange(n, device=length.device)",
+           "    return length[:, None] - 1", "decoding"),
     Mutant("E5", "all guesses emitted, then the correction", "lucidrains/speculative-decoding#3", "specdec.py",
            "n_new = torch.minimum(n_accepted + 1, room)", "n_new = torch.minimum(torch.full_like(room, n + 1), room)", LOOP),
     Mutant("E6", "the draft's cache is kept for the next prompt", "ggml-org/llama.cpp#27852", "specdec.py",
            "        self.cache = self.model.new_cache(len(prompt), max_length)\n",
            "        self.cache = self.__dict__.get('cache') or self.model.new_cache(len(prompt), max_length)\n", "decoding"),
     Mutant("E7", "the cache is emptied instead of rolled back", "paiml/aprender#2014", "specdec.py",
-           "        cache.rollback(length - 1)\n        drafter", "        cache.rollback(0)\n        drafter", LOOP),
+           "        cache.rollback(length - 1)\n\n", "        cache.rollback(0)\n\n", LOOP),
     Mutant("E9", "the position moves by 1 a round", "huggingface/transformers#30042", "specdec.py",
-           "        cache.rollback(length - 1)\n        drafter", "        cache.rollback(cache.length - n)\n        drafter", LOOP),
+           "        cache.rollback(length - 1)\n\n", "        cache.rollback(cache.length - n)\n\n", LOOP),
     Mutant("E11", "no rollback if only the last guess was rejected (k = 1)", "openvinotoolkit/openvino.genai#4190", "specdec.py",
-           "        cache.rollback(length - 1)\n        drafter", "        cache.rollback(length - 1 if n > 1 else cache.length)\n        drafter", LOOP),
+           "        cache.rollback(length - 1)\n\n", "        cache.rollback(length - 1 if n > 1 else cache.length)\n\n", LOOP),
     Mutant("E17", "every guess at the same position", "vllm-project/vllm#26498", "specdec.py",
            '        return self.model(tokens, self.cache, tree)[0]\n',
            '        self.cache.rollback(self.cache.length - 1)\n        return self.model(tokens, self.cache, tree)[0]\n', "decoding"),
@@ -154,7 +154,7 @@ CATALOGUE = [
            "if not all(0 <= new <= old for", "if not all(0 <= new for", "kvcache"),
     # -- F: where the output ends
     Mutant("F1", "only a round's last token is tested for EOS", "huggingface/transformers#47912", "specdec.py",
-           "(step[:, : n + 1] < n_new[:, None])", "(step[:, : n + 1] == n_new[:, None] - 1)", "decoding"),
+           "(step[:, : n + 1] < n_new[:, None])", "(step[:, : n + 1] == n_new[:, None] - 1)", "decoding -k eos"),
     Mutant("F2", "EOS ends the round, not the row", "ggml-org/llama.cpp#28049", "specdec.py",
            "            end = torch.where(ends, length + n_new, end)\n", "", "decoding"),
     Mutant("F5", "EOS among rejected guesses counts", "sgl-project/sglang#31599", "specdec.py",
@@ -186,7 +186,7 @@ CATALOGUE = [
            "generator.seed() if seed is None else", "generator.seed() if not seed else", "coins"),
     # -- H: rows of a batch
     Mutant("H2", "rows change places", "HabanaAI/vllm-fork#1780", "specdec.py",
-           "        cache.rollback(length - 1)\n        drafter", "        cache.rollback((length - 1).flip(0))\n        drafter", "decoding"),
+           "        cache.rollback(length - 1)\n\n", "        cache.rollback((length - 1).flip(0))\n\n", "decoding"),
     Mutant("H4", "the newest token is read at the longest row's end", "lucidrains/speculative-decoding@ef0467c", "specdec.py",
            'tokens = torch.cat((text.gather(1, length[:, None] - 1), draft_tokens), 1)',
            'tokens = torch.cat((text[:, length.max() - 1][:, None], draft_tokens), 1)', "decoding"),
@@ -239,8 +239,11 @@ CATALOGUE = [
     Mutant("I11", "in a ragged batch the tree begins at the longest row's end", "-", "kvcache.py",
            "root = self.length[:, None] + T - M", "root = self.length.max().expand_as(self.length)[:, None] + T - M", "tree"),
     # -- P: heads
-    Mutant("P1", "heads start from the state of the last guess, accepted or not", "-", "specdec.py",
-           "hidden[row[:, 0], (n_new - 1).clamp(min=0)]", "hidden[:, -1]", "drafter"),
+    Mutant("P1", "heads read each token with the state after it", "-", "specdec.py",
+           "self.before[self.row, length[:, None] +", "self.before[self.row, length[:, None] - 1 +", "drafter"),
+    Mutant("P1b", "heads keep what they read with states of their own", "-", "specdec.py",
+           "        self.cache.rollback(torch.minimum(length, self.cache.length))\n", "        self.cache.rollback(torch.minimum(length + n_new - 1, self.cache.length))\n", "drafter"),
+    Mutant("P1c", "in training a chain sees its neighbours", "-", "train_tiny.py", "own = (t == t[:, None])", "own = (t <= t[:, None])", "training -k heads"),
     Mutant("P2", "nodes of a tree continue another node's state", "-", "specdec.py",
            'self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)',
            'self.state.repeat(1, tokens.shape[1] // self.state.shape[1], 1)', "tree law"),
@@ -256,8 +259,9 @@ CATALOGUE = [
     Mutant("P10", "the block rule takes NaN for a yes", "-", "specdec.py",
            "(target_x / draft_x).clamp(max=1e30), 0)", "target_x / draft_x, 0)", "rules"),
     Mutant("P6", "heads learn the law one token too late", "-", "train_tiny.py",
-           "F.linear(hidden[row, start + i].to(wte.dtype), wte)", "F.linear(hidden[row, start + i - 1].to(wte.dtype), wte)", "training"),
-    Mutant("P7", "auto: plain decoding is no choice", "-", "specdec.py", "return max(range(self.most + 1), key=lambda k: expected", "return max(range(1, self.most + 1), key=lambda k: expected", "decoding"),
+           "F.linear(hidden[row, start + i - 1], wte)", "F.linear(hidden[row, start + i], wte)", "training"),
+    Mutant("P7", "auto: plain decoding is no choice", "-", "specdec.py", "return min(range(self.most + 1), key=seconds)", "return min(range(1, self.most + 1), key=seconds)", "decoding"),
+    Mutant("P7b", "auto: the slowest row of a batch is forgotten", "-", "specdec.py", "math.sqrt(2 * math.log((room > 0).sum().item()))", "0", "decoding -k auto"),
     Mutant("P8", "auto: the past never fades", "-", "specdec.py",
            "self.evaluated += 0.05 * (5.0 - self.evaluated) +", "self.evaluated +=", "decoding"),
     # -- K: numbers
@@ -313,7 +317,8 @@ def caught_by(mutant):
         for file in FILES:
             shutil.copy(ROOT / file, folder)
         (Path(folder) / mutant.file).write_text(patched(mutant))
-        files = [f"tests/test_{name}.py" for name in mutant.tests.split()]
+        names, _, words = mutant.tests.partition(" -k ")
+        files = [f"tests/test_{name}.py" for name in names.split()] + ["-k", words] * bool(words)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", *files]
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
         if result.returncode == 0:

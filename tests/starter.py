@@ -1,14 +1,16 @@
 """Write the starting point of the exercises: specdec.py with the bodies of the exercise functions taken out.
 
-    python tests/starter.py > my_specdec.py
+    python tests/starter.py > my_specdec.py           # all of them
+    python tests/starter.py verify > my_specdec.py    # only these
 """
 
 import ast
+import sys
 from pathlib import Path
 
 SPECDEC = Path(__file__).parent.parent / "specdec.py"
 EXERCISES = (
-    "to_probs", "bernoulli", "categorical", "plain_rounds", "ratio", "residual", "verify", "Drafter.propose", "ModelDrafter.begin",
+    "to_probs", "bernoulli", "categorical", "plain_rounds", "ratio", "residual", "verify", "Drafter.propose", "lacking",
     "ModelDrafter.commit", "speculative_rounds", "expected_tokens", "expected_speed_up", "best_k", "NGramDrafter.propose", "verify_block",
     "verify_coupled", "ancestors",
 )  # fmt: skip
@@ -32,4 +34,4 @@ def starter(source, exercises=EXERCISES):
 
 
 if __name__ == "__main__":
-    print(starter(SPECDEC.read_text()), end="")
+    print(starter(SPECDEC.read_text(), sys.argv[1:] or EXERCISES), end="")

@@ -1,10 +1,11 @@
 """Drafters without a loop around them: whatever was accepted before, each guess comes from the law that it should."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import fresh_logits, make_gpt, make_heads
+from conftest import fresh_logits, heads_logits, make_gpt, make_heads
 from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, rounds
 from test_kvcache import poison
 
@@ -35,9 +36,10 @@ def test_guesses_come_from_the_laws_of_a_fresh_forward(history, seed):
             expected = law(fresh_logits(MODEL, whole)[length[b] - 1 : length[b] - 1 + k])
             torch.testing.assert_close(draft_probs[b], expected.view(k, 7), rtol=0, atol=1e-12, check_dtype=k > 0)
             n = min(accepted[b], k)
-            text[b, length[b] : length[b] + n] = draft_tokens[b, :n]
-            length[b] += n + 1  # text already holds a random token there: the correction
-        drafter.commit(length - 1, None)
+            text[b, length[b] : length[b] + n] = draft_tokens[b, :n]  # behind them text already holds a random token: the correction
+        n_new = torch.tensor(accepted).clamp(max=k) + 1
+        drafter.commit(length, n_new, None)
+        length += n_new
         assert (drafter.cache.length < length).all()
 
 
@@ -59,7 +61,7 @@ def test_rollback_forgets_what_was_not_accepted():
     drafter = ModelDrafter(MODEL)
     drafter.start(text[:, :T], ROOM, None)
     drafter.propose(text, torch.full((B,), T), 3, law, torch.Generator().manual_seed(0))
-    drafter.commit(torch.tensor([T, T + 1, T + 3]), None)  # after 0, 1 and all 3 accepted guesses
+    drafter.commit(torch.full((B,), T), torch.tensor([1, 2, 4]), None)  # after 0, 1 and all 3 accepted guesses
     assert drafter.cache.length.tolist() == [T, T + 1, T + 2]  # nobody has read the third
 
 
@@ -131,26 +133,27 @@ def test_ngram_forgets_the_prompt_before():
 # -- heads
 
 
-def test_heads_guess_from_the_targets_state_at_the_last_token_it_read():
-    """Whatever was accepted: guess i comes from i applications of the cell to the hidden state of a fresh forward."""
-    for markov in (True, False):
-        heads, texts = make_heads(0, 7, 16, markov), [[3, 1, 4], [0, 2, 6]]
-        drafter = HeadsDrafter(heads)
-        for r in rounds(MODEL, torch.tensor(texts), 25, drafter, 3, seed=1):
-            for b, text in enumerate(texts):
-                state = MODEL(torch.tensor([text[:-1]]))[1][:, -1:]
-                tokens = [text[-1], *r.tokens[b].tolist()]
-                for i in range(min(r.n_accepted[b].item() + 1, r.draft_probs.shape[1]) if r.n_new[b] else 0):
-                    logits, state = heads(state, torch.tensor([[tokens[i]]]))
-                    torch.testing.assert_close(r.draft_probs[b, i], logits[0, 0].softmax(-1), rtol=0, atol=1e-10)
-                text += r.tokens[b, : r.n_new[b]].tolist()
+@pytest.mark.parametrize("markov", [True, False])
+def test_heads_guess_from_the_targets_states(markov):
+    """Whatever was accepted: the laws are those of heads that read the text with the states of a fresh forward, then their own."""
+    heads, texts = make_heads(0, 7, 16, markov), [[3, 1, 4], [0, 2, 6]]
+    drafter = HeadsDrafter(heads)
+    for r in rounds(MODEL, torch.tensor(texts), 25, drafter, 3, seed=1):
+        for b, text in enumerate(texts):
+            if k := r.draft_probs.shape[1] if r.n_new[b] else 0:
+                guesses = r.tokens[b, : min(r.n_accepted[b].item(), k - 1)].tolist()
+                expected = heads_logits(heads, MODEL, text, guesses).softmax(-1)
+                torch.testing.assert_close(r.draft_probs[b, : len(expected)], expected, rtol=0, atol=1e-10)
+            text += r.tokens[b, : r.n_new[b]].tolist()
+        poison(drafter.cache)
 
 
 def test_blind_heads_do_not_hear_of_the_guess_before():
-    state, tokens = torch.randn(1, 2, 8).double(), torch.tensor([[1, 2]])
+    state, tokens = torch.randn(1, 2, 16).double(), torch.tensor([[1, 2]])
     for markov in (True, False):
-        logits, other = (make_heads(0, 7, 16, markov)(state, t)[0] for t in (tokens, tokens.flip(1)))
-        assert torch.equal(logits, other) is not markov
+        heads = make_heads(0, 7, 16, markov)
+        one, other = (heads(state, t, heads.new_cache(1, 2)) for t in (tokens, tokens.flip(1)))
+        assert torch.equal(one, other) is not markov
 
 
 def test_confidence_decides_how_many_guesses(monkeypatch):
@@ -163,6 +166,7 @@ def test_confidence_decides_how_many_guesses(monkeypatch):
             monkeypatch.setattr(heads, "acceptance", lambda state: next(chances)[:, None])
             drafter = HeadsDrafter(heads, times)
             drafter.check(MODEL, 48)
-            drafter.start(None, None, torch.randn(len(rows), 8).double())
-            tokens, _ = drafter.propose(torch.ones(len(rows), 9, dtype=torch.int64), torch.full((len(rows),), 3), 4, law, torch.Generator())
+            text = torch.ones(len(rows), 9, dtype=torch.int64)
+            drafter.start(text[:, :3], 9, torch.randn(len(rows), 2, 8).double())
+            tokens, _ = drafter.propose(text, torch.full((len(rows),), 3), 4, law, torch.Generator())
             assert tokens.shape[1] == n

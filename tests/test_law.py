@@ -157,7 +157,7 @@ def make_drafters(V):
     draft, heads = gpts(AGREE_HALFWAY[V], V)[1], make_heads(3, V, 8)
     return {
         "model": ModelDrafter(draft), "ngram": NGramDrafter(), "heads": HeadsDrafter(heads), "blind": HeadsDrafter(make_heads(4, V, 8, markov=False)),
-        "confident": HeadsDrafter(heads, [1, 1.2, 1.6, 2.4]),
+        "confident": HeadsDrafter(heads, [1, 1.1, 1.3, 1.6]),
     }  # fmt: skip
 
 

@@ -99,6 +99,31 @@ def test_checkpoint_keeps_weights_config_and_tokenizer(tmp_path, encoding):
     assert load_checkpoint(tmp_path / "m.pt", dtype=torch.bfloat16)[0].wte.weight.dtype == torch.bfloat16
 
 
+FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+
+
+@pytest.mark.skipif(not FBGEMM, reason="this processor has no fbgemm")
+def test_float16_is_about_storage_not_arithmetic(tmp_path, encoding):
+    """The weights are 16 bits each, bfloat16 ones lose nothing by it, and what they are multiplied with stays float32."""
+    save_checkpoint(tmp_path / "m.pt", make_gpt(4, vocab_size=259), encoding)
+    (packed, _), (plain, _) = (load_checkpoint(tmp_path / "m.pt", dtype=dtype) for dtype in (torch.float16, torch.float32))
+    for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        ours, theirs = (model.h[1].get_submodule(layer).weight for model in (packed, plain))
+        assert ours.dtype == torch.float16 and torch.equal(ours.float(), theirs)
+    tokens = torch.randint(259, (3, 20))
+    with torch.no_grad():
+        logits, expected = packed(tokens)[0], plain(tokens)[0]
+    assert logits.dtype == packed.wte.weight.dtype == packed.new_cache(1).k.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_float16_without_fbgemm_is_refused(tmp_path, encoding, monkeypatch):
+    save_checkpoint(tmp_path / "m.pt", make_gpt(4, vocab_size=259), encoding)
+    monkeypatch.setattr(torch.backends.quantized.__class__, "supported_engines", ["none"], raising=False)
+    with pytest.raises(ValueError, match="needs fbgemm"):
+        load_checkpoint(tmp_path / "m.pt", dtype=torch.float16)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken zip"])
 def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "m.pt").write_bytes(content)

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_tiny
-from conftest import make_gpt
+from conftest import heads_logits, make_gpt, make_heads
 from model import DraftHeads, load_checkpoint, load_heads
 from train_tiny import PRESETS, Preset, distillation_loss, heads_alpha, heads_loss, held_out_alpha, held_out_windows, main, read_corpus, split_corpus, write
 
@@ -192,13 +193,29 @@ def test_heads_learn_to_count():
         optimizer.step()
     after, _ = heads_alpha(heads, wte, texts, hidden)
     assert before.shape == error.shape == (4,) and (before < 0.4).all() and (after > 0.9).all()
-    state = wte[[4]][None]  # the state at token 3
-    guesses = []
-    for token in range(4, 10):
-        logits, state = heads(state, torch.tensor([[token % 7]]))
-        guesses.append(logits.argmax().item())
-    assert guesses == [5, 6, 0, 1, 2, 3]
+    heads.requires_grad_(False)
+    cache, guesses = heads.new_cache(1, 20), []
+    state = heads.c_state(F.pad(wte[[1, 2, 3]], (0, 0, 1, 0)))[None]  # before tokens 0 to 3
+    state = heads(state, torch.tensor([[0, 1, 2, 3]]), cache)[:, -1:]
+    for _ in range(6):
+        guesses.append(heads.lm_head(state).argmax().item())
+        state = heads(state, torch.tensor([guesses[-1:]]), cache)
+    assert guesses == [4, 5, 6, 0, 1, 2]
     assert (heads.acceptance(state) > 0.8).all()  # and they know that they are right
+
+
+@pytest.mark.parametrize("markov", [True, False])
+def test_heads_are_trained_on_what_they_do_when_decoding(markov):
+    """The acceptance that the loss sees: heads that read the text up to `start`, then guess on with states of their own."""
+    target, heads, texts = make_gpt(1), make_heads(2, 7, 16, markov), torch.randint(7, (2, 12))
+    start = torch.tensor([[0, 3, 7], [5, 2, 7]])
+    hidden, logits = target(texts)[1], target(texts)[0]
+    alphas = heads_loss(heads, target.wte.weight, texts, hidden, start)[1].view(4, 2, 3)
+    for b in range(2):
+        for m, s in enumerate(start[b].tolist()):
+            draft = heads_logits(heads, target, texts[b, : s + 1].tolist(), texts[b, s + 1 : s + 4].tolist()).softmax(-1)
+            expected = torch.minimum(draft, logits[b, s : s + 4].softmax(-1)).sum(-1)
+            torch.testing.assert_close(alphas[:, b, m], expected.float(), rtol=0, atol=1e-5, check_dtype=False)
 
 
 def test_the_confidence_learns_how_often_guesses_are_accepted():
@@ -212,7 +229,8 @@ def test_the_confidence_learns_how_often_guesses_are_accepted():
         optimizer.zero_grad()
         heads_loss(heads, wte, texts, hidden, start)[0].backward()
         optimizer.step()
-    logits, state = heads(hidden[:, 3:4], texts[:, 4:5])
+    heads.requires_grad_(False)
+    state = heads(heads.c_state(F.pad(hidden, (0, 0, 1, -1))), texts, heads.new_cache(64, 20))
     assert 0.35 < heads.acceptance(state).mean() < 0.65
 
 

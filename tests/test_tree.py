@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import specdec
-from conftest import fresh_logits, make_gpt
+from conftest import fresh_logits, heads_logits, make_gpt
 from enumerator import outcomes
 from specdec import HeadsDrafter, ModelDrafter, TreeDrafter, ancestors, generate, rounds, verify_tree
 from test_kvcache import poison
@@ -112,7 +112,7 @@ def test_every_node_continues_its_own_parent(drafter):
     inner, text, length = drafters()[drafter], torch.randint(7, (2, 30)), torch.tensor([6, 6])
     tree = TreeDrafter(inner, (2, 3, 2))
     tree.check(TARGET, 40)
-    hidden = TARGET(text[:, :5])[1][:, -1]
+    hidden = TARGET(text[:, :5])[1]
     tree.start(text[:, :6], 80, hidden)
     tokens, probs = tree.propose(text, length, 3, lambda logits: logits.softmax(-1), torch.Generator().manual_seed(0))
     sees = ancestors((2, 3, 2), "cpu")
@@ -122,10 +122,7 @@ def test_every_node_continues_its_own_parent(drafter):
             if drafter == "model":
                 expected = fresh_logits(DRAFT, torch.tensor(text[b, :6].tolist() + path))[-1]
             else:
-                state = hidden[b].view(1, 1, -1)
-                for token in (text[b, 5].item(), *path):
-                    logits, state = inner.heads(state, torch.tensor([[token]]))
-                expected = logits[0, 0]
+                expected = heads_logits(inner.heads, TARGET, text[b, :6].tolist(), path)[-1]
             torch.testing.assert_close(probs[b, node - 1], expected.softmax(-1), rtol=0, atol=1e-12)
 
 
