@@ -43,7 +43,10 @@ class Conv1D(nn.Module):
         self.packed = None
 
     def pack(self):
-        """On a CPU: the weight to 16 bits, laid out once and for all for fbgemm, which multiplies in float32 (README, "What was found")."""
+        """From now on multiply with a copy of the weight in 16 bits, laid out for fbgemm, PyTorch's library for that on x86.
+
+        The arithmetic stays in float32 (README, "What was found"). `weight` is kept, in 16 bits, to be counted and saved.
+        """
         self.packed = torch.ops.quantized.linear_prepack_fp16(self.weight.detach().T.contiguous(), self.bias.detach())
         self.weight.data = self.weight.data.half()
 
@@ -138,13 +141,14 @@ class GPT(nn.Module):
 class DraftHeads(nn.Module):
     """Guesses from the target's own hidden states: one transformer block, applied once per guess.
 
-        state = c_state(the target's hidden state before token t), or, where the target has not read that far, the block's own
-        x = state + c_in([state; embedding of token t])  ->  block, LayerNorm  ->  the next state  ->  law of token t + 1
+        state = c_state(the target's hidden state after token t-1), or, where the target has not read that far, the block's own
+        x = state + c_in([state; embedding of token t])  ->  block, LayerNorm  ->  the next state  ->  law of token t+1
 
-    The block attends to all that it read before, so it has a KV cache, in which slot t belongs to token t. One block serves
-    every position, and k is free: EAGLE (Li et al. 2024, arXiv 2401.15077). Told the token just guessed, its guesses follow
-    from each other, which is the idea of DSpark's Markov head (arXiv 2607.05147). Without the embedding (markov=False) it is
-    blind: it guesses on without knowing what the guess before became, as Medusa's heads do (Cai et al. 2024, arXiv 2401.10774).
+    The block attends to all that it read before, so it has a KV cache, in which slot t belongs to token t. Where a token stands
+    it knows from the target's state; it has no position embeddings. One block serves every position, and k is free: EAGLE (Li
+    et al. 2024, arXiv 2401.15077). Told the token just guessed, its guesses follow from each other, which is the idea of
+    DSpark's Markov head (arXiv 2607.05147). Without the embedding (markov=False) it is blind: it guesses on without knowing
+    what the guess before became, as Medusa's heads do (Cai et al. 2024, arXiv 2401.10774).
     """
 
     def __init__(self, vocab_size, n_state, n_embd, markov=True):
@@ -190,13 +194,12 @@ def save_checkpoint(path, model, encoding):
 def load_checkpoint(path, device=None, dtype=None):
     """-> (GPT in evaluation mode, in dtype (float32 unless told), tiktoken.Encoding).
 
-    float16 on a CPU means the matrices of the layers, all else stays float32: see `Conv1D.pack`.
-    OSError: no such file. ValueError: not a checkpoint of this project, or damaged; or no float16 on this CPU.
+    float16 means the matrices of the layers; all else stays float32, see `Conv1D.pack`.
+    OSError: no such file. ValueError: not a checkpoint of this project, or damaged; or no float16 on this device.
     """
-    device, dtype = torch.device(device or "cpu"), dtype or torch.float32
-    pack = device.type == "cpu" and dtype == torch.float16
-    if pack and "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise ValueError("float16 needs fbgemm, which this processor does not have")
+    pack = dtype == torch.float16
+    if pack and not has_float16(device):
+        raise ValueError("float16 is for processors with fbgemm")
     with _load(path) as content:
         model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["weights"])
@@ -205,12 +208,17 @@ def load_checkpoint(path, device=None, dtype=None):
         encoding = make_encoding(tokenizer["pattern"], ranks)
         if encoding.n_vocab > model.config.vocab_size:
             raise ValueError("more tokens than embeddings")
-    model.to(device=device, dtype=torch.float32 if pack else dtype).eval()
+    model.to(device=device, dtype=torch.float32 if pack else dtype or torch.float32).eval()
     if pack:
         for module in model.modules():
             if isinstance(module, Conv1D):
                 module.pack()
     return model, encoding
+
+
+def has_float16(device=None):
+    """Whether `Conv1D.pack` works there. (On a GPU bfloat16 is as fast, and cannot overflow.)"""
+    return torch.device(device or "cpu").type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def save_heads(path, target, markov, blind):

@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import load_checkpoint, load_heads
+from model import has_float16, load_checkpoint, load_heads
 
 # -- sampling ----------------------------------------------------------------------------------------------------------------
 
@@ -337,6 +337,21 @@ class Drafter:
         """
 
 
+def catch_up(cache, length, read):
+    """Let read(positions (B, n)) read what the cache lacks of the first `length` (B,) tokens. -> what it says at the last one, (B, 1, ..).
+
+    A draft model lacks the newest token, and the last guess of the round before if all were accepted, since nobody has read
+    that one yet. Where another row lacks more, the difference is read again; and a row that is shorter than that is read past
+    its end, which is then forgotten.
+    """
+    n = (length - cache.length).max().item()
+    start = (length - n).clamp(min=0)
+    cache.rollback(start)
+    out = read(start[:, None] + torch.arange(n, device=length.device))
+    cache.rollback(length)
+    return at(out, length - 1 - start)[:, None]
+
+
 class ModelDrafter(Drafter):
     """Guesses with a small GPT of the same vocabulary."""
 
@@ -355,7 +370,7 @@ class ModelDrafter(Drafter):
         self.model(prompt[:, :-1], self.cache)
 
     def begin(self, text, length):
-        return self.model(text.gather(1, lacking(self.cache, length)), self.cache)[0][:, -1:]
+        return catch_up(self.cache, length, lambda where: self.model(text.gather(1, where), self.cache)[0])
 
     def step(self, tokens, tree=None):
         return self.model(tokens, self.cache, tree)[0]
@@ -365,17 +380,6 @@ class ModelDrafter(Drafter):
 
     def commit(self, length, n_new, hidden):
         self.cache.rollback(torch.minimum(length + n_new - 1, self.cache.length))
-
-
-def lacking(cache, length):
-    """Where the tokens stand that must be read before the first `length` (B,) are known: (B, n). The cache is rolled back to there.
-
-    They are the newest token, and the last guess of the round before if all were accepted, since nobody has read that one
-    yet. Where another row lacks more than this one, the difference is read again.
-    """
-    n = (length - cache.length).max().item()
-    cache.rollback(length - n)
-    return (length - n)[:, None] + torch.arange(n, device=length.device)
 
 
 class NGramDrafter(Drafter):
@@ -410,7 +414,7 @@ class NGramDrafter(Drafter):
 
 
 class HeadsDrafter(Drafter):
-    """Guesses from the target's own hidden states with its `DraftHeads`: a draft model of one block, which reads over its shoulder.
+    """Guesses with `DraftHeads`: a draft model of one block that sees the target's hidden states as well.
 
     times: the seconds that the target's pass takes over 1, 2, .. tokens. With them the number of guesses follows the heads'
     own confidence, as in DSpark (arXiv 2607.05147): stop where (1 + a_1 + a_1 a_2 + ..) / time stops growing.
@@ -433,8 +437,10 @@ class HeadsDrafter(Drafter):
         self.heads(self.heads.c_state(self.before[:, : hidden.shape[1]]), prompt[:, :-1], self.cache)
 
     def begin(self, text, length):
-        where = lacking(self.cache, length)
-        self.state = self.heads(self.heads.c_state(self.before[self.row, where]), text.gather(1, where), self.cache)[:, -1:]
+        def read(where):
+            return self.heads(self.heads.c_state(self.before[self.row, where]), text.gather(1, where), self.cache)
+
+        self.state = catch_up(self.cache, length, read)
         self.survival = self.expected = torch.ones_like(self.state[:, 0, 0]) * self.going
         return self.heads.lm_head(self.state)
 
@@ -452,7 +458,7 @@ class HeadsDrafter(Drafter):
         return n + 1 < len(self.times) and (self.expected.sum() / self.times[n + 1] > before.sum() / self.times[n]).item()
 
     def commit(self, length, n_new, hidden):
-        # What was read behind `length` was read with states of its own making: the target's are known now, so it is read again.
+        # Guesses were read with the heads' own idea of the target's states. Those are known now, so what stays is read again.
         self.cache.rollback(torch.minimum(length, self.cache.length))
         self.before[self.row, length[:, None] + torch.arange(hidden.shape[1], device=length.device)] = hidden
 
@@ -533,7 +539,8 @@ def ancestors(widths, device):
 def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eos, generator):
     """Decode with any drafter and any rule. Rows of a batch go at their own pace; a row that has ended has no room left.
 
-    After each round both caches hold prompt and output but for the newest token, and nothing else can be seen.
+    After each round both caches hold prompt and output but for the newest token, and nothing else can be seen. (That of draft
+    heads holds less: they read the round's tokens again, with the target's states.)
     k: an int, or something that chooses one before each round, like `AutoK`.
     """
     B, T = prompt.shape
@@ -681,8 +688,8 @@ class AutoK(FixedK):
     alpha, and what a guess and the rest of a round cost, come from the rounds behind; k = 0, plain decoding, is one of the
     choices, and the right one where speculation loses. What lies ahead is not looked at, so the law stays the target's. The
     past counts less and less, and alpha drifts back to where it started: so guessing is tried again now and then.
-    A batch ends with its slowest row. n rounds of tau tokens on average and variance v stray by sqrt(n v) tokens, and the
-    unluckiest of B rows by about sqrt(2 log B) times that; in plain decoding all end at once.
+    A batch ends with its slowest row. The tokens of n rounds, tau each on average with variance v, have a standard deviation of
+    sqrt(n v), and the unluckiest of B rows falls short by about sqrt(2 log B) of those; in plain decoding all end at once.
     times: the seconds of the target's pass over 1, 2, .., most+1 tokens, as from `pass_times`.
     """
 
@@ -697,6 +704,7 @@ class AutoK(FixedK):
 
         def seconds(k):
             tau = expected_tokens(alpha, k)
+            # tokens N of a round: P(N > i) = alpha^i for i <= k, and E[N^2] = sum (2i + 1) P(N > i)
             variance = sum((2 * i + 1) * alpha**i for i in range(k + 1)) - tau**2
             n_rounds = most / tau + unlucky * math.sqrt(most / tau * max(0, variance)) / tau
             return n_rounds * (self.times[k] + (k * self.guess + self.rest) * (k > 0))
@@ -842,16 +850,15 @@ def find_device(name=None):
 
 
 def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
-    """-> target, draft, encoding. dtype None: whichever makes plain decoding fastest here, by a short race.
+    """-> target, draft, encoding. dtype None: by a short race in plain decoding.
 
-    threads: numbers of threads to choose among in the same race (PyTorch is set to the winner); none: as many as there are. A
-    race on a shared machine cannot tell 10% apart; among those that are so close, a pass over five tokens decides. On a CPU
-    the draft is in float32 where the target is in float16: it is too small to gain by that.
+    threads: numbers of threads to choose among in the same race (PyTorch is set to the winner); none: as many as there are. On
+    a shared machine a race cannot tell 10% apart: among those that are so close, a pass over five tokens decides. On a CPU the
+    draft is in float32 where the target is in float16: it is too small to gain by that.
     OSError, ValueError: as `load_checkpoint`; or the two have different tokenizers.
     """
     folder, device = Path(folder), find_device(device)
-    half = device.type == "cuda" or "fbgemm" in torch.backends.quantized.supported_engines
-    dtypes = (dtype,) if dtype else (torch.float32, torch.bfloat16) + (torch.float16,) * half
+    dtypes = (dtype,) if dtype else (torch.float32, torch.bfloat16) + (torch.float16,) * has_float16(device)
     targets = {d: load_checkpoint(folder / "large.pt", device, d) for d in dtypes}
     choices = [(d, n) for d in dtypes for n in threads or (torch.get_num_threads(),)]
     if len(choices) > 1:
@@ -868,7 +875,7 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
 
 
 def race(targets, choices, n):
-    """{(dtype, threads): seconds of five passes over n tokens}: not of one, which would pay for what another choice left behind."""
+    """{(dtype, threads): seconds of five passes over n tokens}. Five, since after a switch the caches and the threads are cold."""
 
     def run(one_pass, threads):
         torch.set_num_threads(threads)
@@ -1148,7 +1155,7 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows decoded at once (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the fastest in plain decoding, by a short race")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by a short race in plain decoding; within 10%%, by one over 5 tokens")
     parser.add_argument("--threads", type=int, metavar="N", help="of the processor (default: 1, 2, 4, .., chosen in the same race)")
     parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="the folder of large.pt, tiny.pt, heads.pt")
     face = parser.add_mutually_exclusive_group()
@@ -1158,13 +1165,16 @@ def main(argv=None):
     try:
         if min(args.max_new_tokens, args.batch, 1 if args.threads is None else args.threads) < 1:
             raise ValueError("--max-new-tokens, --batch and --threads must be at least 1")
+        if args.threads and args.threads > os.cpu_count():
+            raise ValueError(f"--threads is {args.threads}; this machine has {os.cpu_count()} processors")
         if args.drafter == "tree" and ((args.rule or "rejection") != "rejection" or args.k is not None):
             raise ValueError("a tree has a rule of its own, recursive rejection, and a shape of its own: leave out --rule and -k")
         if args.check and args.k == "auto":
             raise ValueError("--check needs a fixed k")
         device, dtype = find_device(args.device), args.dtype and getattr(torch, args.dtype)
-        most = torch.get_num_threads()
-        threads = (args.threads,) if args.threads else sorted({2**i for i in range(most.bit_length())} | {most}) if device.type == "cpu" else ()
+        threads, most = [args.threads] if args.threads else [], torch.get_num_threads()
+        if device.type == "cpu" and not threads:
+            threads = sorted({2**i for i in range(most.bit_length())} | {most})
         target, draft, encoding = load_pair(args.checkpoints, device, dtype, threads)
         heads = None
         if args.drafter == "heads" or args.drafter != "ngram" and (args.checkpoints / "heads.pt").exists():
@@ -1190,11 +1200,11 @@ def main(argv=None):
         sys.exit(not check(target, rows, encoding, prompts[0][0], temperature=temperatures[0], **options))
 
     models = [("large.pt, the target:", target), ("tiny.pt, the draft:", draft)] + [("heads.pt, draft heads:", h) for h in (heads or [])[:1]]
-    threads = f"{torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
+    where = f"{device}, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else f"{device}"
     for name, model in models:
         shape = f"{model.config.n_layer} x {model.config.n_embd}"
         weights, dtype = sum(w.numel() for w in model.parameters()), model.h[0].mlp.c_fc.weight.dtype
-        print(f"{name:22} {weights:10,} weights in {shape}, {str(dtype)[6:]} on {device}, {threads}")
+        print(f"{name:22} {weights:10,} weights in {shape}, {str(dtype)[6:]} on {where}")
     if args.sweep:
         print()
         sweep(target, draft, rows, prompts, args.max_new_tokens, temperature=temperatures[0], **options)

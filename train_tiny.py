@@ -135,9 +135,10 @@ def distillation_loss(tiny, wte, windows, hidden):
 
 
 class Chains:
-    """The draft heads' KVCache in training: what they read of a whole text, and behind it M chains of guesses after start (B, M).
+    """Takes the place of a KVCache when draft heads are trained: T slots for a text, then M for each further guess of M chains.
 
-    It grows, so that gradients pass through it. A chain sees the text up to its start, and itself.
+    Chain m goes on after the token at start[:, m], (B, M); it sees the text up to there, and itself. Nothing is allocated
+    beforehand and nothing overwritten, so that gradients pass. `tree` and `layer` are there because a KVCache has them.
     """
 
     def __init__(self, start):
@@ -161,8 +162,8 @@ def heads_loss(heads, wte, windows, hidden, start, n=N_AHEAD):
     """Of guesses 1..n after the tokens at start (B, M) of windows (B, T); hidden and wte as above. Later guesses count less.
 
     The heads read the true states of all tokens up to start, and behind them their own, as they will when decoding ("training-time
-    test", EAGLE-3, Li et al. 2025, arXiv 2503.01840). To the loss belongs the confidence: cross-entropy of the acceptance
-    that the heads expect against the one that is found.
+    test", EAGLE-3, Li et al. 2025, arXiv 2503.01840). The loss includes the confidence: cross-entropy of the acceptance that the
+    heads expect against the one that is found.
     -> loss, and alpha of each guess, (n, B * M)
     """
     row = torch.arange(len(windows), device=windows.device)[:, None]
@@ -184,14 +185,15 @@ def heads_loss(heads, wte, windows, hidden, start, n=N_AHEAD):
 
 @torch.no_grad()
 def new_heads(large, n_embd, markov):
-    """Draft heads that begin as large's own output layer, seen in the n_embd directions that matter most to it."""
+    """Draft heads that begin as large's own output layer, seen in the n_embd directions that matter most to it, or in all it has."""
     wte = large.wte.weight
+    n_embd = min(n_embd, wte.shape[1])
     heads = DraftHeads(*wte.shape, n_embd, markov).to(wte.device)
-    main = torch.linalg.svd(wte, full_matrices=False).Vh[:n_embd]  # (n_embd, D)
-    heads.c_state.weight.copy_(main)
-    heads.lm_head.weight.copy_(wte @ main.T)
+    directions = torch.linalg.svd(wte, full_matrices=False).Vh[:n_embd]  # (n_embd, D)
+    heads.c_state.weight.copy_(directions)
+    heads.lm_head.weight.copy_(wte @ directions.T)
     if markov:
-        heads.wte.weight.copy_(wte @ main.T / wte.std())  # as large as the state beside which it is read
+        heads.wte.weight.copy_(wte @ directions.T / wte.std())  # as large as the state beside which it is read
     return heads
 
 

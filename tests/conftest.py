@@ -39,13 +39,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """A test marked beside(call, ..) asks what comes of a call that starts processes. It waits till the end, while the call is made."""
+    """Tests marked beside(call, ..) come last: the call, which starts processes, is made on the second core from the beginning."""
     items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
 
 
-def pytest_collection_finish(session):
+def pytest_runtestloop(session):
     for item in session.items:
-        if marker := item.get_closest_marker("beside"):
+        if (marker := item.get_closest_marker("beside")) and not session.config.option.collectonly:
             item.call = SECOND_CORE.submit(*marker.args)
 
 
@@ -55,6 +55,7 @@ def pytest_sessionfinish():
 
 @pytest.fixture
 def beside(request):
+    """What came of the call."""
     return request.node.call.result()
 
 

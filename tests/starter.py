@@ -10,7 +10,7 @@ from pathlib import Path
 
 SPECDEC = Path(__file__).parent.parent / "specdec.py"
 EXERCISES = (
-    "to_probs", "bernoulli", "categorical", "plain_rounds", "ratio", "residual", "verify", "Drafter.propose", "lacking",
+    "to_probs", "bernoulli", "categorical", "plain_rounds", "ratio", "residual", "verify", "Drafter.propose", "catch_up",
     "ModelDrafter.commit", "speculative_rounds", "expected_tokens", "expected_speed_up", "best_k", "NGramDrafter.propose", "verify_block",
     "verify_coupled", "ancestors",
 )  # fmt: skip

@@ -326,6 +326,40 @@ def test_auto_k_tries_again_after_a_while():
     assert 10 < n < 150
 
 
+@pytest.mark.parametrize("k", [4, "tree"])
+def test_short_rows_beside_rows_that_accept_much(k):
+    """Prompts of one token: heads read a round's tokens again, and a row that got one must not be read from before its beginning."""
+    drafter, prompts = make_heads(), torch.arange(210)[:, None] % 7
+    drafter, k = (TreeDrafter(drafter, (3, 2, 1, 1)), 1) if k == "tree" else (drafter, k)
+    rows = list(rounds(TARGET, prompts, 12, drafter, k, temperature=3.0, seed=0))
+    assert rows[0].n_new.min() == 1 and rows[0].n_new.max() >= 4
+    assert greedy(prompts[:7], 12, drafter=drafter, k=k) == greedy(prompts[:7], 12)
+
+
+class Seldom(FixedK):
+    """Eleven rounds without guesses, then one with: a backlog as long as the rows that have ended early."""
+
+    n = 0
+
+    def __init__(self):
+        super().__init__(3)
+
+    def choose(self, room):
+        return self.most if self.n % 12 == 11 else 0
+
+    def add(self, r):
+        self.n += 1
+
+
+@any_drafter
+def test_rows_that_ended_early_do_not_matter_to_a_long_backlog(make):
+    drafter, prompts = make(), PROMPTS[:, :2]
+    if isinstance(drafter, TreeDrafter):
+        return
+    for eos in range(7):
+        assert greedy(prompts, 40, drafter=drafter, k=Seldom(), eos=eos) == greedy(prompts, 40, eos=eos)
+
+
 class Varying(FixedK):
     """Looks back: one more guess after a full acceptance, down to none after a rejection."""
 
