@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import train_tiny
 from conftest import heads_logits, make_gpt, make_heads
 from model import DraftHeads, load_checkpoint, load_heads
-from train_tiny import PRESETS, Preset, distillation_loss, heads_alpha, heads_loss, held_out_alpha, held_out_windows, main, read_corpus, split_corpus, write
+from train_tiny import PRESETS, Preset, distillation_loss, heads_alpha, heads_loss, held_out_alpha, held_out_windows, main, new_heads, read_corpus, split_corpus, write
 
 SMALL = Preset(280, 16, (2, 2, 8), (1, 1, 8), 8, 4, 2, (6, 4, 5, 3), 3000)
 
@@ -216,6 +216,20 @@ def test_heads_are_trained_on_what_they_do_when_decoding(markov):
             draft = heads_logits(heads, target, texts[b, : s + 1].tolist(), texts[b, s + 1 : s + 4].tolist()).softmax(-1)
             expected = torch.minimum(draft, logits[b, s : s + 4].softmax(-1)).sum(-1)
             torch.testing.assert_close(alphas[:, b, m], expected.float(), rtol=0, atol=1e-5, check_dtype=False)
+
+
+def test_heads_begin_as_the_targets_own_output_layer():
+    """As wide as the target, they see all of it; asked to be wider, they are not; narrower, they see most."""
+    target = make_gpt(1, vocab_size=20).float()
+    states = torch.randn(1, 5, 8)
+    for n_embd in (8, 12, 4):
+        heads = new_heads(target, n_embd, True)
+        assert heads.config.n_embd == min(n_embd, 8)
+        with torch.no_grad():
+            heads.c_state.bias.zero_()
+            ours, theirs = heads.lm_head(heads.c_state(states)), states @ target.wte.weight.T
+        error = ((ours - theirs).norm() / theirs.norm()).item()
+        assert error < 1e-5 if n_embd >= 8 else 1e-2 < error < 0.7
 
 
 def test_the_confidence_learns_how_often_guesses_are_accepted():
