@@ -30,6 +30,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -268,7 +269,7 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     for width in widths:
         eldest = first + (path[-1] - (first - n_level)) * width
         node, left = eldest, going
-        for child in range(width):
+        for child in range(width if going.any() else 0):
             x = eldest + child
             draft_law = at(draft_probs, x - 1)
             keep = ratio(left_of_target, draft_law, at(draft_tokens, x - 1)).clamp(max=1)
@@ -506,12 +507,13 @@ class TreeDrafter(Drafter):
                 logits, before = self.timed(self.drafter.step, tokens[-1], self.tree[before:end, 1:end]), end
             probs = torch.zeros_like(law(logits)) if self.top else law(logits)
             children = []
-            for _ in range(width):
+            for child in range(width):
+                if child:  # not the elder one again
+                    probs, logits = probs.scatter(-1, token, 0), logits.scatter(-1, token, -torch.inf)
                 mass = probs.sum(-1, keepdim=True)
                 best = torch.zeros_like(probs).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
                 sibling = torch.where(mass > 0, probs / mass, best)
                 token = categorical(sibling, generator)[..., None]
-                probs, logits = probs.scatter(-1, token, 0), logits.scatter(-1, token, -torch.inf)
                 children.append((token, sibling))
             tokens.append(torch.cat([token for token, _ in children], -1).flatten(1))
             laws.append(torch.stack([sibling for _, sibling in children], 2).flatten(1, 2))
@@ -812,10 +814,14 @@ def pass_times(model, B, length, most):
 
 
 def median_seconds(calls, repeats=20):
-    """{name: function} -> {name: median time of a call}. The functions take turns, since the speed of a machine drifts."""
+    """{name: function} -> {name: median time of a call}. The functions take turns, since the speed of a machine drifts.
+
+    Each is called twice at its turn, and timed the second time: the first finds the caches full of other things.
+    """
     times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            call()
             start = now()
             call()
             times[name].append(now() - start)
@@ -876,11 +882,11 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
 
 
 def race(targets, choices, n):
-    """{(dtype, threads): seconds of five passes over n tokens}. Five, since after a switch the caches and the threads are cold."""
+    """{(dtype, threads): seconds of three passes over n tokens}."""
 
     def run(one_pass, threads):
         torch.set_num_threads(threads)
-        for _ in range(5):
+        for _ in range(3):
             one_pass()
 
     one_pass = {dtype: passes(target, 1, 64, (n,))[n] for dtype, (target, _) in targets.items()}
@@ -934,7 +940,7 @@ def contenders(draft, heads, drafter, rule, k, tree):
 
 
 def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
-    """Decode the prompts by every row in turn, again and again for about so many seconds; in between, time passes of the target.
+    """Decode the prompts by every row, again and again for about so many seconds; in between, time passes of the target.
 
     -> {name: Stats}, {name: [speed-up in each turn]}, {n: median seconds of the target's pass over n tokens}.
     """
@@ -944,18 +950,27 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
     for drafter, *_ in rows.values():
         if getattr(drafter, "times", None) == "measure":
             drafter.times = times
-    rows = {name: (drafter, AutoK(times) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
+    rows = {name: (copy(drafter), AutoK(times) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
     stats, speed_ups, seconds_of = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
     start, i = now(), 0
     while i < len(prompts) or (now() - start < seconds and i < 5 * len(prompts)):
-        prompt = prompts[i % len(prompts)]
-        for name, (drafter, k, rule) in rows.items():
-            one = Stats()
-            for r in rounds(target, prompt, max_new_tokens, drafter, k, rule, seed=(seed + i) % 2**63, **options):
-                one.add(r)
+        # All at once, eight tokens at a time: what the machine does meanwhile, it does to all of them.
+        options |= {"seed": (seed + i) % 2**63}
+        turn = {name: Stats() for name in rows}
+        going = {name: rounds(target, prompts[i % len(prompts)], max_new_tokens, *row, **options) for name, row in rows.items()}
+        while going:
+            name = min(going, key=lambda name: turn[name].emitted)
+            goal = turn[name].emitted + 8 * B
+            for r in going[name]:
+                turn[name].add(r)
                 stats[name].add(r)
-            plain = one if drafter is None else plain
-            speed_ups[name].append(one.tokens_per_second / plain.tokens_per_second)
+                if turn[name].emitted >= goal:
+                    break
+            else:
+                del going[name]
+        plain, *_ = turn.values()
+        for name in rows:
+            speed_ups[name].append(turn[name].tokens_per_second / plain.tokens_per_second)
         sizes = sorted({size for s in stats.values() for size in s.sizes})
         for size, t in median_seconds(passes(target, B, middle, sizes), 3).items():
             seconds_of.setdefault(size, []).append(t)

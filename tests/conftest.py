@@ -1,13 +1,17 @@
 """What the tests share: small models in float64, whose laws differ enough that guesses get rejected."""
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _pytest.runner import runtestprotocol
 from hypothesis import Phase, settings
 
 from model import GPT, DraftHeads, GPTConfig
@@ -15,10 +19,9 @@ from model import GPT, DraftHeads, GPTConfig
 FALSE_ALARM = 1e-6  # the chance that the whole suite raises a false alarm, were all its seeds new:
 N_P_VALUES = 20  # it is divided among as many p-values, 18 in test_sampled_law.py and 2 in test_shipped_pair.py
 
-SECOND_CORE = ThreadPoolExecutor(1)  # the other tests use the first
-
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("mutants", settings.get_profile("default"), phases=(Phase.generate,))  # a failure will do, however large
+settings.register_profile("few", settings.get_profile("default"), max_examples=5)  # the rest is tried elsewhere
 settings.load_profile("default")
 torch.set_num_threads(1)  # the models here are too small to share
 
@@ -29,7 +32,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Before any test imports it, `specdec` is the file given by --impl."""
-    config.addinivalue_line("markers", "beside(call, ...): see pytest_collection_modifyitems")
     if file := config.getoption("--impl"):
         if not Path(file).is_file():
             raise pytest.UsageError(f"--impl: there is no file {file}")
@@ -38,25 +40,45 @@ def pytest_configure(config):
         spec.loader.exec_module(sys.modules["specdec"])
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked beside(call, ..) come last: the call, which starts processes, is made on the second core from the beginning."""
-    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
-
-
 def pytest_runtestloop(session):
-    for item in session.items:
-        if (marker := item.get_closest_marker("beside")) and not session.config.option.collectonly:
-            item.call = SECOND_CORE.submit(*marker.args)
+    """Two processes share the whole suite: this one begins with the first test, a second pytest with the last.
 
+    A test is run by whichever of them first makes the file that has its number. The second writes its reports into it.
+    """
+    items, config, shared = session.items, session.config, os.environ.pop("SPECDEC_SHARED_TESTS", None)
+    if not shared and not all(arg.startswith(("-q", "-v", "--durations")) for arg in config.invocation_params.args):
+        return None  # with any other option, pytest's own loop
 
-def pytest_sessionfinish():
-    SECOND_CORE.shutdown(wait=False, cancel_futures=True)
+    def mine(folder, order):
+        """Yield the tests in this order, each with its file and the test after it, up to the first that the other process has."""
+        for i, after in zip(order, [*order[1:], None]):
+            try:
+                yield items[i], open(f"{folder}/{i}", "x"), after if after is None else items[after]
+            except FileExistsError:
+                return
 
-
-@pytest.fixture
-def beside(request):
-    """What came of the call."""
-    return request.node.call.result()
+    if shared:
+        for item, file, after in mine(shared, range(len(items))[::-1]):
+            with file:
+                reports = runtestprotocol(item, nextitem=after, log=False)
+                json.dump([config.hook.pytest_report_to_serializable(config=config, report=r) for r in reports], file)
+        return True
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
+        second = subprocess.Popen(command, env=os.environ | {"SPECDEC_SHARED_TESTS": folder}, stdout=subprocess.DEVNULL)
+        try:
+            n = 0
+            for item, file, after in mine(folder, range(len(items))):
+                file.close()
+                config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+                n += 1
+            second.wait()
+            for i in range(n, len(items)):
+                for data in json.loads(Path(folder, str(i)).read_text()):
+                    config.hook.pytest_runtest_logreport(report=config.hook.pytest_report_from_serializable(config=config, data=data))
+        finally:
+            second.kill()
+    return True
 
 
 def pytest_ignore_collect(collection_path, config):

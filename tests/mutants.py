@@ -6,14 +6,21 @@
 A mutant replaces one piece of the real source, which must occur there exactly once: a patch that no longer applies is an error.
 """
 
+import multiprocessing
+import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+
+# A pytest of its own for each bug, forked where that is possible from a process that has imported torch once and for all.
+PROCESSES = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+PROCESSES.set_forkserver_preload(["torch", "hypothesis.strategies"])
 
 ROOT = Path(__file__).parent.parent
 FILES = ("kvcache.py", "model.py", "specdec.py", "train_tiny.py")
@@ -319,14 +326,33 @@ def caught_by(mutant):
         (Path(folder) / mutant.file).write_text(patched(mutant))
         names, _, words = mutant.tests.partition(" -k ")
         files = [f"tests/test_{name}.py" for name in names.split()] + ["-k", words] * bool(words)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", *files]
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-        if result.returncode == 0:
+        status, out = run_pytest(["-x", "-q", "--tb=no", "--hypothesis-profile=mutants", *files], folder)
+        if status == 0:
             return None
-        failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", result.stdout, re.MULTILINE)
-        if result.returncode != 1 or not failed:
-            raise RuntimeError(f"mutant {mutant.id}: the tests did not run\n{result.stdout}{result.stderr}")
+        failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", out, re.MULTILINE)
+        if status != 1 or not failed:
+            raise RuntimeError(f"mutant {mutant.id}: the tests did not run\n{out}")
         return failed[1]
+
+
+def run_pytest(words, folder):
+    """`python -m pytest words` in this folder -> exit status, and what it printed."""
+    with tempfile.TemporaryDirectory() as private:
+        child = PROCESSES.Process(target=_run_pytest, args=(words, folder, f"{private}/out"))
+        child.start()
+        child.join(600)
+        child.kill()
+        child.join()
+        return child.exitcode, Path(private, "out").read_text()
+
+
+def _run_pytest(words, folder, out):
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    out = os.open(out, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.exit(pytest.main([*words, "-p", "no:cacheprovider"]))
 
 
 def main(ids):

@@ -37,10 +37,10 @@ def run(*args, **env):
 
 
 def test_the_whole_story_in_one_run(pair):
-    result = run("--checkpoints", pair, "--max-new-tokens", 12, "-k", 3, "--prompt", "ab")
+    result = run("--checkpoints", pair, "--max-new-tokens", 6, "-k", 3, "--prompt", "ab")
     assert (result.returncode, result.stderr) == (0, "")
     out = result.stdout
-    for words in ("large.pt", "tiny.pt", "heads.pt", " on cpu, ", "accepted guess", "12 tokens in", "temperature 1 ", "temperature 0 (greedy)"):
+    for words in ("large.pt", "tiny.pt", "heads.pt", " on cpu, ", "accepted guess", "6 tokens in", "temperature 1 ", "temperature 0 (greedy)"):
         assert words in out
     assert "\033" not in out  # no colours where there is no terminal
     for row in ("plain decoding", "draft model, k=3", "k=auto", "n-gram lookup, k=", "heads, k=3", "blind", "k by confidence", "tree 2,1,1,1, model", "tree 2,1,1,1, heads"):

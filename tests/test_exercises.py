@@ -2,13 +2,12 @@
 
 import re
 import shlex
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from mutants import run_pytest
 from starter import EXERCISES, SPECDEC, starter
 
 ROOT = Path(__file__).parent.parent
@@ -16,8 +15,8 @@ LINES = re.findall(r"^ *(python -m pytest --impl my_specdec\.py .*)$", (ROOT / "
 
 
 def pytest_line(line, impl):
-    words = [str(impl) if word == "my_specdec.py" else word for word in shlex.split(line)[1:]]
-    return subprocess.run([sys.executable, *words, "-q", "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
+    _, _, _, *words = shlex.split(line.replace("my_specdec.py", str(impl)))
+    return run_pytest([*words, "-q"], ROOT)
 
 
 def with_exercises_left(line, left):
@@ -26,8 +25,7 @@ def with_exercises_left(line, left):
         return pytest_line(line, SPECDEC)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "my_specdec.py"
-        with file.open("w") as out:  # a process of its own: Python 3.11 cannot parse in two threads at once
-            subprocess.run([sys.executable, "tests/starter.py", *left], cwd=ROOT, stdout=out, check=True)
+        file.write_text(starter(SPECDEC.read_text(), left))
         return pytest_line(line, file)
 
 
@@ -45,29 +43,29 @@ def test_there_are_enough_of_them():
     assert len(LINES) >= 8
 
 
-@pytest.mark.parametrize("line", [
-    pytest.param(line, marks=pytest.mark.beside(with_exercises_left, line + " -x --hypothesis-profile=mutants", EXERCISES), id=line.split("my_specdec.py ")[1]) for line in LINES])  # fmt: skip
-def test_an_unfinished_exercise_fails_with_its_name(line, beside):
-    assert beside.returncode == 1 and re.search(r"NotImplementedError: exercise [\w.]+ is not done yet", beside.stdout), beside.stdout
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("my_specdec.py ")[1])
+def test_an_unfinished_exercise_fails_with_its_name(line):
+    status, out = with_exercises_left(line + " -x --hypothesis-profile=mutants", EXERCISES)
+    assert status == 1 and re.search(r"NotImplementedError: exercise [\w.]+ is not done yet", out), out
 
 
 DONE = (["to_probs"], ["bernoulli", "categorical"], ["plain_rounds"], ["ratio", "residual"], ["verify"], [], ["expected_tokens", "expected_speed_up", "best_k"],
         ["Drafter.propose", "catch_up", "ModelDrafter.commit"], ["speculative_rounds"], [], ["NGramDrafter.propose"], ["verify_block"],
         ["verify_coupled"], ["ancestors"])  # fmt: skip
-SLOW = (9,)  # nearly the whole of a file that the ordinary test command runs anyway
+SLOW = (9, 13)  # nearly the whole of a file that the ordinary test command runs anyway
 
 
 def left_after(i):
     return [name for name in EXERCISES if name not in sum(DONE[: i + 1], [])]
 
 
-@pytest.mark.parametrize("i", [
-    pytest.param(i, marks=pytest.mark.beside(with_exercises_left, LINES[i], left_after(i))) for i in range(len(DONE)) if i not in SLOW])  # fmt: skip
-def test_each_line_passes_once_the_exercises_up_to_it_are_done(i, beside):
+@pytest.mark.parametrize("i", [i for i in range(len(DONE)) if i not in SLOW])
+def test_each_line_passes_once_the_exercises_up_to_it_are_done(i):
     """In README's order, and no later exercise is needed for an earlier line."""
-    assert beside.returncode == 0, beside.stdout
+    status, out = with_exercises_left(LINES[i] + " --hypothesis-profile=few", left_after(i))
+    assert status == 0, out
 
 
 def test_a_missing_file_is_said_to_be_missing():
-    result = pytest_line("python -m pytest --impl my_specdec.py tests/test_theory.py", "nowhere.py")
-    assert result.returncode == 4 and "no file nowhere.py" in result.stdout + result.stderr
+    status, out = pytest_line("python -m pytest --impl my_specdec.py tests/test_theory.py", "nowhere.py")
+    assert status == 4 and "no file nowhere.py" in out

@@ -11,6 +11,6 @@ def test_every_patch_still_applies():
         compile(patched(mutant), mutant.file, "exec")
 
 
-@pytest.mark.parametrize("id", [pytest.param(m.id, marks=pytest.mark.beside(caught_by, m)) for m in CATALOGUE if m.id in FAST])
-def test_a_planted_bug_is_caught(id, beside):
-    assert beside
+@pytest.mark.parametrize("id", FAST)
+def test_a_planted_bug_is_caught(id):
+    assert caught_by(next(m for m in CATALOGUE if m.id == id))

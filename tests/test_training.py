@@ -187,7 +187,7 @@ def test_heads_learn_to_count():
     start = torch.arange(30).expand(7, -1)
     optimizer = torch.optim.Adam(heads.parameters(), lr=0.01)
     before, error = heads_alpha(heads, wte, texts, hidden)
-    for _ in range(300):
+    for _ in range(150):
         optimizer.zero_grad()
         heads_loss(heads, wte, texts, hidden, start)[0].backward()
         optimizer.step()
@@ -236,15 +236,15 @@ def test_the_confidence_learns_how_often_guesses_are_accepted():
     """A target as good as a coin, and heads that cannot know: half of the guesses are accepted."""
     torch.manual_seed(0)
     wte, heads = 20 * torch.eye(2), DraftHeads(2, 2, 8, markov=False)
-    texts = torch.randint(2, (64, 20))
-    hidden, start = wte[texts.roll(-1, 1)].float(), torch.arange(14).expand(64, -1)
+    texts = torch.randint(2, (16, 20))
+    hidden, start = wte[texts.roll(-1, 1)].float(), torch.arange(14).expand(16, -1)
     optimizer = torch.optim.Adam(heads.parameters(), lr=0.02)
-    for _ in range(200):
+    for _ in range(100):
         optimizer.zero_grad()
         heads_loss(heads, wte, texts, hidden, start)[0].backward()
         optimizer.step()
     heads.requires_grad_(False)
-    state = heads(heads.c_state(F.pad(hidden, (0, 0, 1, -1))), texts, heads.new_cache(64, 20))
+    state = heads(heads.c_state(F.pad(hidden, (0, 0, 1, -1))), texts, heads.new_cache(16, 20))
     assert 0.35 < heads.acceptance(state).mean() < 0.65
 
 
