@@ -571,7 +571,9 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         target_probs = law(logits)
 
         # 3. Judge. Of a tree, go on with the path that was accepted.
-        if drafter.tree is None:
+        if draft_tokens.shape[1] == 0:  # any rule would do the same with more ado, and a large batch must not be slower than plain
+            n_accepted, next_token = torch.zeros_like(length), categorical(target_probs[:, 0], generator)
+        elif drafter.tree is None:
             n_accepted, next_token = rule(target_probs, draft_probs, draft_tokens, generator)
         else:
             n_accepted, next_token, path = verify_tree(target_probs, draft_probs, draft_tokens, drafter.widths, generator)
