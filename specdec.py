@@ -892,7 +892,7 @@ def race(targets, choices, n):
             one_pass()
 
     one_pass = {dtype: passes(target, 1, 64, (n,))[n] for dtype, (target, _) in targets.items()}
-    return median_seconds({(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}, 7)
+    return median_seconds({(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}, 5)
 
 
 def tell(passes, encoding, prompt=""):
@@ -1244,7 +1244,7 @@ def main(argv=None):
     if repeating is not None:
         some = {name: row for name, row in rows.items() if row[0] is None or isinstance(row[0], NGramDrafter)}
         title = f"text that repeats, T={temperatures[-1]:g}"
-        print_table(target, some, [repeating] * 2, args.max_new_tokens, title, seconds=6, temperature=temperatures[-1], **options)
+        print_table(target, some, [repeating] * 2, args.max_new_tokens, title, seconds=3, temperature=temperatures[-1], **options)
     print(GLOSSARY)
 
 
