@@ -289,7 +289,8 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
 
 
 class Drafter:
-    """What the loop asks of a drafter: check, start, propose, commit. Most know one token's law at a time, and share `propose`.
+    """What the loop asks of a drafter: check, start, propose, commit; for one prompt at a time. Most know one token's law at a time,
+    and share `propose`.
 
     Such a one has `begin(text, length)`: logits (B, 1, V) after the newest token; and `step(tokens, tree)`: after the tokens
     just guessed, (B, n) -> (B, n, V).
@@ -496,10 +497,9 @@ class TreeDrafter(Drafter):
 
     def propose(self, text, length, k, law, generator):
         self.widths = self.shape[:k]
-        if k == 0:
-            self.tree = None
-            return super().propose(text, length, 0, law, generator)
         self.tree = ancestors(self.widths, text.device)
+        if k == 0:
+            return super().propose(text, length, 0, law, generator)
         logits, before, tokens, laws = self.timed(self.drafter.begin, text, length), 1, [], []
         for level, width in enumerate(self.widths):
             if level:
@@ -571,7 +571,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         target_probs = law(logits)
 
         # 3. Judge. Of a tree, go on with the path that was accepted.
-        if draft_tokens.shape[1] == 0:  # any rule would do the same with more ado, and a large batch must not be slower than plain
+        if draft_tokens.shape[1] == 0:  # every rule comes to this, at several times the cost
             n_accepted, next_token = torch.zeros_like(length), categorical(target_probs[:, 0], generator)
         elif drafter.tree is None:
             n_accepted, next_token = rule(target_probs, draft_probs, draft_tokens, generator)
@@ -760,7 +760,7 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
         raise ValueError("the prompt is empty")
     if prompt.ndim != 2 or prompt.dtype != torch.int64:
         raise ValueError(f"the prompt must be token ids, (T,) or (B, T) int64; it is {tuple(prompt.shape)} {prompt.dtype}")
-    length, c = prompt.shape[1] + max_new_tokens, target.config
+    length, c, tree = prompt.shape[1] + max_new_tokens, target.config, isinstance(drafter, TreeDrafter)
     known_k = k == "auto" or 1 <= (k.most if isinstance(k, FixedK) else k if isinstance(k, int) else 0) < c.block_size
     for right, message in (
         (0 <= prompt.min() <= prompt.max() < c.vocab_size, f"the prompt has tokens outside 0..{c.vocab_size - 1}"),
@@ -772,10 +772,7 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
         (known_k, f'k is {k}; it must be at least 1 and below the block_size, {c.block_size}, or "auto"'),
         (seed is None or 0 <= seed < 2**63, f"seed is {seed}; it must be 0 or more and below 2^63"),
         (rule in RULES, f"unknown rule {rule!r}; there is: {', '.join(RULES)}"),
-        (
-            not isinstance(drafter, TreeDrafter) or rule == "rejection" and isinstance(k, int),
-            "a tree has a rule of its own, recursive rejection, and a fixed shape",
-        ),
+        (not tree or rule == "rejection" and isinstance(k, int), "a tree has a rule of its own, recursive rejection, and a fixed shape"),
     ):
         if not right:
             raise ValueError(message)
@@ -787,11 +784,10 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
     if drafter is None:
         return plain_rounds(target, prompt, max_new_tokens, law, eos, generator)
     drafter.check(target, length)
-    if isinstance(drafter, TreeDrafter):
-        k = len(drafter.shape)
-    elif k == "auto":
+    if k == "auto":
         k = AutoK(pass_times(target, len(prompt), length // 2, 6))
-    k = FixedK(k) if isinstance(k, int) else k
+    elif isinstance(k, int):
+        k = FixedK(len(drafter.shape) if tree else k)
     return speculative_rounds(target, drafter, prompt, max_new_tokens, k, RULES[rule], law, eos, generator)
 
 
@@ -815,7 +811,7 @@ def pass_times(model, B, length, most):
     return list(median_seconds(passes(model, B, length, range(1, most + 2)), 3).values())
 
 
-def median_seconds(calls, repeats=20):
+def median_seconds(calls, repeats):
     """{name: function} -> {name: median time of a call}. The functions take turns, since the speed of a machine drifts.
 
     Each is called twice at its turn, and timed the second time: the first finds the caches full of other things.
@@ -884,15 +880,14 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
 
 
 def race(targets, choices, n):
-    """{(dtype, threads): seconds of three passes over n tokens}."""
+    """{(dtype, threads): seconds of a pass over n tokens}."""
 
     def run(one_pass, threads):
         torch.set_num_threads(threads)
-        for _ in range(3):
-            one_pass()
+        one_pass()
 
     one_pass = {dtype: passes(target, 1, 64, (n,))[n] for dtype, (target, _) in targets.items()}
-    return median_seconds({(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}, 5)
+    return median_seconds({(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}, 15)
 
 
 def tell(passes, encoding, prompt=""):
@@ -942,27 +937,34 @@ def contenders(draft, heads, drafter, rule, k, tree):
 
 
 def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
-    """Decode the prompts by every row, again and again for about so many seconds; in between, time passes of the target.
+    """Decode the prompts by every row, again and again for about so many seconds; meanwhile, time passes of the target.
 
     -> {name: Stats}, {name: [speed-up in each turn]}, {n: median seconds of the target's pass over n tokens}.
     """
     B, middle = len(prompts[0]), len(prompts[0][0]) + max_new_tokens // 2
     adaptive = any(k == "auto" or getattr(drafter, "times", None) == "measure" for drafter, k, _ in rows.values())
     times = pass_times(target, B, middle, 8) if adaptive else None
+    rows = {name: (copy(drafter), AutoK(times) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
     for drafter, *_ in rows.values():
         if getattr(drafter, "times", None) == "measure":
             drafter.times = times
-    rows = {name: (copy(drafter), AutoK(times) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
     stats, speed_ups, seconds_of = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
+
+    def time_passes():
+        sizes = {1}.union(*(s.sizes for s in stats.values()))
+        for size, t in median_seconds(passes(target, B, middle, sizes), 1).items():
+            seconds_of.setdefault(size, []).append(t)
+
     start, i = now(), 0
     while i < len(prompts) or (now() - start < seconds and i < 5 * len(prompts)):
-        # All at once, 16 tokens at a time: what the machine does meanwhile, it does to all of them. (Fewer would be unfair to
-        # plain decoding, whose first passes after a switch find the processor's caches full of other things: 5% slower.)
+        # All at once, 16 tokens at a time: what the machine does meanwhile, it does to all of them.
         options |= {"seed": (seed + i) % 2**63}
         turn = {name: Stats() for name in rows}
         going = {name: rounds(target, prompts[i % len(prompts)], max_new_tokens, *row, **options) for name, row in rows.items()}
         while going:
             name = min(going, key=lambda name: turn[name].emitted)
+            if rows[name][0] is None:
+                time_passes()
             goal = turn[name].emitted + 16 * B
             for r in going[name]:
                 turn[name].add(r)
@@ -974,9 +976,7 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
         plain, *_ = turn.values()
         for name in rows:
             speed_ups[name].append(turn[name].tokens_per_second / plain.tokens_per_second)
-        sizes = sorted({size for s in stats.values() for size in s.sizes})
-        for size, t in median_seconds(passes(target, B, middle, sizes), 3).items():
-            seconds_of.setdefault(size, []).append(t)
+        time_passes()
         i += 1
     return stats, speed_ups, {size: statistics.median(t) for size, t in seconds_of.items()}
 
@@ -1125,11 +1125,9 @@ def sweep(target, draft, rows, prompts, max_new_tokens, **options):
     name, (drafter, k, rule) = list(rows.items())[1]
     plain, tree = rows["plain decoding"], isinstance(drafter, TreeDrafter)
     if not tree:
-        name = name.rsplit(", k=", 1)[0]
-        print(f"speed-up against k: {name}, {rule} rule (# measured, | predicted)")
+        print(f"speed-up against k: {name.rsplit(', k=', 1)[0]}, {rule} rule (# measured, | predicted)")
         contest = {f"k = {k}": (drafter, k, rule) for k in (1, 2, 3, 4, 5, 6, 8)} | {"k=auto": (drafter, "auto", rule)}
         plot(target, {"plain": plain} | contest, prompts, max_new_tokens, seconds=0, **options)
-        name += f", k={k}"
     print(f"speed-up against batch size: {name}, {rule} rule (# measured, | predicted)")
     pays = 0
     for B in (1, 2, 4, 8, 16, 32):
@@ -1146,9 +1144,9 @@ def plot(target, contest, prompts, max_new_tokens, **options):
     speeds = [s.tokens_per_second for s in stats.values()]
     for (name, s), speed in list(zip(stats.items(), speeds))[1:]:
         measured, predicted = speed / speeds[0], predict(s, times, len(prompts[0]))[0]
-        bar = f"{'#' * round(20 * measured):{max(1, round(20 * predicted))}}"
-        at = round(20 * predicted)
-        print(f"  {name:8} {measured:.2f} {predicted:.2f}  {bar[:at]}|{bar[at + 1:]}")
+        end = round(20 * predicted)
+        bar = f"{'#' * round(20 * measured):{max(1, end)}}"
+        print(f"  {name:8} {measured:.2f} {predicted:.2f}  {bar[:end]}|{bar[end + 1:]}")
     return speeds[1] / speeds[0]
 
 
@@ -1235,7 +1233,7 @@ def main(argv=None):
     print(f"\n{stats.emitted} tokens in {stats.rounds} passes of the target.\n")
     if rule == "coupled" or "  coupled rule" in rows:
         print(same_text(target, drafter, prompts[0], args.max_new_tokens, k, encoding, **options_1) + "\n")
-    print(f"Now {len(prompts)} prompts, {args.max_new_tokens} new tokens each, all in turn:\n")
+    print(f"Now {len(prompts)} prompts, {args.max_new_tokens} new tokens each, by all in alternation:\n")
     for temperature in temperatures:
         # At temperature 0 the exact rules are one and the same.
         some = {name: row for name, row in rows.items() if temperature or args.rule or row[2] == "rejection"}

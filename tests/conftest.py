@@ -1,8 +1,8 @@
 """What the tests share: small models in float64, whose laws differ enough that guesses get rejected."""
 
 import importlib.util
-import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from _pytest.runner import runtestprotocol
 from hypothesis import Phase, settings
 
 from model import GPT, DraftHeads, GPTConfig
@@ -45,39 +44,46 @@ def pytest_runtestloop(session):
 
     A test is run by whichever of them first makes the file that has its number. The second writes its reports into it.
     """
-    items, config, shared = session.items, session.config, os.environ.pop("SPECDEC_SHARED_TESTS", None)
-    if not shared and not all(arg.startswith(("-q", "-v", "--durations")) for arg in config.invocation_params.args):
-        return None  # with any other option, pytest's own loop
+    items, config, folder = session.items, session.config, os.environ.pop("SPECDEC_SHARED_TESTS", None)
+    words = config.invocation_params.args
+    whole = "PYTEST_ADDOPTS" not in os.environ and all(w.startswith("--durations=") or not w.strip("-qv") for w in words)
+    if session.testsfailed or not (folder or whole):
+        return None  # with any other option, or a file that cannot be imported: pytest's own loop
 
-    def mine(folder, order):
-        """Yield the tests in this order, each with its file and the test after it, up to the first that the other process has."""
-        for i, after in zip(order, [*order[1:], None]):
+    def share(folder, order, done=lambda file: None):
+        """Run the tests in this order, up to the first that the other process has. -> how many"""
+        for n, i in enumerate(order):
             try:
-                yield items[i], open(f"{folder}/{i}", "x"), after if after is None else items[after]
+                with open(f"{folder}/{i}", "xb") as file:
+                    config.hook.pytest_runtest_protocol(item=items[i], nextitem=items[order[n + 1]] if n + 1 < len(order) else None)
+                    done(file)
             except FileExistsError:
-                return
+                return n
+        return len(order)
 
-    if shared:
-        for item, file, after in mine(shared, range(len(items))[::-1]):
-            with file:
-                reports = runtestprotocol(item, nextitem=after, log=False)
-                json.dump([config.hook.pytest_report_to_serializable(config=config, report=r) for r in reports], file)
+    if folder:
+
+        class Reports(list):
+            def pytest_runtest_logreport(self, report):
+                self.append(report)
+
+        config.pluginmanager.register(reports := Reports())
+        share(folder, range(len(items))[::-1], lambda file: (pickle.dump(list(reports), file), reports.clear()))
         return True
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
-        second = subprocess.Popen(command, env=os.environ | {"SPECDEC_SHARED_TESTS": folder}, stdout=subprocess.DEVNULL)
+        env = os.environ | {"SPECDEC_SHARED_TESTS": folder}
+        second = subprocess.Popen([sys.executable, "-m", "pytest", *words], env=env, stdout=subprocess.DEVNULL)
         try:
-            n = 0
-            for item, file, after in mine(folder, range(len(items))):
-                file.close()
-                config.hook.pytest_runtest_protocol(item=item, nextitem=after)
-                n += 1
+            n = share(folder, range(len(items)))
             second.wait()
             for i in range(n, len(items)):
-                for data in json.loads(Path(folder, str(i)).read_text()):
-                    config.hook.pytest_runtest_logreport(report=config.hook.pytest_report_from_serializable(config=config, data=data))
+                if not (reports := Path(folder, str(i)).read_bytes()):
+                    pytest.exit(f"the second process ended, with status {second.returncode}, in {items[i].nodeid}", 1)
+                for report in pickle.loads(reports):
+                    config.hook.pytest_runtest_logreport(report=report)
         finally:
             second.kill()
+            second.wait()
     return True
 
 

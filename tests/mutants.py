@@ -299,6 +299,8 @@ CATALOGUE = [
            "return self.accepted / max(1, self.evaluated)", "return self.accepted / max(1, self.drafted)", "decoding"),
     Mutant("N2", "the figure tau counts only accepted guesses", "-", "specdec.py",
            "return self.emitted / max(1, self.rounds)", "return self.accepted / max(1, self.rounds)", "decoding"),
+    Mutant("N3", "rows of a table that decode in alternation share a drafter", "-", "specdec.py", "(copy(drafter), ", "(drafter, ",
+           "command_line -k alternation"),
     Mutant("T1", "a resumed run sees the first batches again", "-", "train_tiny.py",
            '            generator.set_state(self.state["generator"].cpu())\n', "", "training"),
     Mutant("T2", "distillation changes the undistilled draft kept for the report", "-", "train_tiny.py",

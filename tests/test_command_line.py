@@ -79,6 +79,21 @@ def test_the_numbers_of_the_table_add_up(pair, capsys):
     assert out.count("temperature") == 1
 
 
+def test_rows_that_decode_in_alternation_are_what_they_are_alone(pair):
+    """Whoever shares a drafter object, and however often they are interrupted: each row has a copy of its own."""
+    target, draft, _ = specdec.load_pair(pair, dtype=torch.float32)
+    model, heads = specdec.ModelDrafter(draft), specdec.HeadsDrafter(specdec.load_heads(pair / "heads.pt", target)[0])
+    rows = {"plain": (None, 1, "rejection"), "a": (model, 3, "rejection"), "b": (model, 2, "block"), "c": (heads, 3, "coupled"), "d": (heads, 1, "rejection"),
+            "e": (specdec.NGramDrafter(), 8, "rejection"), "f": (specdec.TreeDrafter(specdec.ModelDrafter(draft), (2, 1)), 1, "rejection")}  # fmt: skip
+    prompts = [torch.tensor([[97, 98, 97]] * 2), torch.tensor([[99, 97, 98]] * 2)]
+    stats, _, times = specdec.compare(target, rows, prompts, 37, seed=5, seconds=0, temperature=1.0)
+    for name, row in rows.items():
+        alone = [specdec.generate(target, prompt, 37, drafter=row[0], k=row[1], rule=row[2], seed=5 + i).stats for i, prompt in enumerate(prompts)]
+        for what in ("passes", "rounds", "drafted", "evaluated", "accepted", "emitted"):
+            assert getattr(stats[name], what) == sum(getattr(s, what) for s in alone), (name, what)
+        assert set(stats[name].sizes) <= set(times)
+
+
 @pytest.mark.parametrize("drafter", ["model", "ngram", "heads", "tree"])
 def test_one_drafter_alone(pair, capsys, drafter):
     specdec.main(["--checkpoints", str(pair), "--max-new-tokens", "6", "--prompt", "abab", "--drafter", drafter, "--tree", "2,2", "--temperature", "1", "--dtype", "float32"])
