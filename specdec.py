@@ -880,14 +880,15 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
 
 
 def race(targets, choices, n):
-    """{(dtype, threads): seconds of a pass over n tokens}."""
+    """{(dtype, threads): seconds of three passes over n tokens}. Three, since they differ by more than the dtypes do."""
 
     def run(one_pass, threads):
         torch.set_num_threads(threads)
-        one_pass()
+        for _ in range(3):
+            one_pass()
 
     one_pass = {dtype: passes(target, 1, 64, (n,))[n] for dtype, (target, _) in targets.items()}
-    return median_seconds({(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}, 15)
+    return median_seconds({(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}, 11)
 
 
 def tell(passes, encoding, prompt=""):
@@ -976,8 +977,8 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
         plain, *_ = turn.values()
         for name in rows:
             speed_ups[name].append(turn[name].tokens_per_second / plain.tokens_per_second)
-        time_passes()
         i += 1
+    time_passes()
     return stats, speed_ups, {size: statistics.median(t) for size, t in seconds_of.items()}
 
 
