@@ -811,7 +811,7 @@ def pass_times(model, B, length, most):
     return list(median_seconds(passes(model, B, length, range(1, most + 2)), 3).values())
 
 
-def median_seconds(calls, repeats):
+def median_seconds(calls, repeats, average=statistics.median):
     """{name: function} -> {name: median time of a call}. The functions take turns, since the speed of a machine drifts.
 
     Each is called twice at its turn, and timed the second time: the first finds the caches full of other things.
@@ -823,7 +823,7 @@ def median_seconds(calls, repeats):
             start = now()
             call()
             times[name].append(now() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return {name: average(t) for name, t in times.items()}
 
 
 # -- the command line --------------------------------------------------------------------------------------------------------
@@ -880,7 +880,7 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
 
 
 def race(targets, choices, n):
-    """{(dtype, threads): seconds of three passes over n tokens}. Three, since they differ by more than the dtypes do."""
+    """{(dtype, threads): seconds of three passes over n tokens}: the least, for what others do on the machine can only add."""
 
     def run(one_pass, threads):
         torch.set_num_threads(threads)
@@ -888,7 +888,7 @@ def race(targets, choices, n):
             one_pass()
 
     one_pass = {dtype: passes(target, 1, 64, (n,))[n] for dtype, (target, _) in targets.items()}
-    return median_seconds({(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}, 11)
+    return median_seconds({(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}, 11, min)
 
 
 def tell(passes, encoding, prompt=""):
