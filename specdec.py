@@ -808,11 +808,11 @@ def passes(model, B, length, sizes):
 
 def pass_times(model, B, length, most):
     """Seconds of a pass over 1, 2, .., most+1 tokens in each of B rows."""
-    return list(median_seconds(passes(model, B, length, range(1, most + 2)), 3).values())
+    return list(time_calls(passes(model, B, length, range(1, most + 2)), 3).values())
 
 
-def median_seconds(calls, repeats, average=statistics.median):
-    """{name: function} -> {name: median time of a call}. The functions take turns, since the speed of a machine drifts.
+def time_calls(calls, repeats, average=statistics.median):
+    """{name: function} -> {name: seconds of a call, on average}. The functions take turns, since the speed of a machine drifts.
 
     Each is called twice at its turn, and timed the second time: the first finds the caches full of other things.
     """
@@ -888,7 +888,7 @@ def race(targets, choices, n):
             one_pass()
 
     one_pass = {dtype: passes(target, 1, 64, (n,))[n] for dtype, (target, _) in targets.items()}
-    return median_seconds({(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}, 11, min)
+    return time_calls({(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}, 11, min)
 
 
 def tell(passes, encoding, prompt=""):
@@ -953,7 +953,7 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
 
     def time_passes():
         sizes = {1}.union(*(s.sizes for s in stats.values()))
-        for size, t in median_seconds(passes(target, B, middle, sizes), 1).items():
+        for size, t in time_calls(passes(target, B, middle, sizes), 1).items():
             seconds_of.setdefault(size, []).append(t)
 
     start, i = now(), 0
@@ -1118,7 +1118,7 @@ def sweep(target, draft, rows, prompts, max_new_tokens, **options):
     cache = {name: 2 * model.new_cache(1).k.nbytes for name, model in models.items()}
     print("\nmemory: " + "; ".join(f"{name} {size[name] / 1e6:.1f} MB, its cache {cache[name] / 1e6:.1f} MB a row" for name in models))
     block = torch.zeros(2**26, dtype=torch.float32, device=target.wte.weight.device)
-    bandwidth = 2 * block.nbytes / median_seconds({"copy": lambda: block.clone()}, 7)["copy"]
+    bandwidth = 2 * block.nbytes / time_calls({"copy": lambda: block.clone()}, 7)["copy"]
     floor = 1000 * size["target"] / bandwidth
     print(f"a large copy moves {bandwidth / 1e9:.1f} GB/s; to read the target's weights at that speed takes {floor:.2f} ms: the floor")
     print(f"under T(1), which is {1000 * times['target'][0]:.2f} ms, as long as no cache of the processor holds them\n")

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
 from model import GPT, DraftHeads, GPTConfig, fingerprint, make_encoding, save_checkpoint, save_heads
-from specdec import CHECKPOINTS, Parser, find_device, load_pair, median_seconds, rounds
+from specdec import CHECKPOINTS, Parser, find_device, load_pair, time_calls, rounds
 
 
 @dataclass(frozen=True)
@@ -390,7 +390,7 @@ def faster_dtype(model, windows):
             text_loss(model, windows).backward()
         model.zero_grad()
 
-    seconds = median_seconds({"float32": lambda: step(False), "bfloat16": lambda: step(True)}, repeats=3)
+    seconds = time_calls({"float32": lambda: step(False), "bfloat16": lambda: step(True)}, repeats=3)
     return min(seconds, key=seconds.get)
 
 
