@@ -138,10 +138,27 @@ class GPT(nn.Module):
         return KVCache(c.n_layer, batch_size, c.n_head, max_length or c.block_size, c.n_embd // c.n_head, weight.device, weight.dtype)
 
 
-class DraftHeads(nn.Module):
-    """Guesses from the target's own hidden states: one transformer block, applied once per guess.
+def target_states(hidden, cache, slots):
+    """What draft heads see of a target that has just read some tokens, (B, T, n_state): the last hidden state, (B, T, D), and
+    the values that every third part of the layers has left in its cache, in slots (B, T).
 
-        state = c_state(the target's hidden state after token t-1), or, where the target has not read that far, the block's own
+    The last state is made to tell the next token; layers below know more of what led to it. EAGLE-3 (Li et al. 2025, arXiv
+    2503.01840) takes their hidden states for that. The values are the same seen through a matrix, and there already.
+    """
+    third = max(1, len(cache.v) // 3)
+    row = torch.arange(len(slots), device=slots.device)[:, None]
+    return torch.cat((hidden, cache.v[third::third][:, row, :, slots].flatten(2)), -1)
+
+
+def n_state(config):
+    """The size of `target_states`: that of the hidden state, once for itself and once for each layer seen."""
+    return config.n_embd * len(range(0, config.n_layer, max(1, config.n_layer // 3)))
+
+
+class DraftHeads(nn.Module):
+    """Guesses from the target's own states: one transformer block, applied once per guess.
+
+        state = c_state(`target_states` at token t-1), or, where the target has not read that far, the block's own
         x = state + c_in([state; embedding of token t])  ->  block, LayerNorm  ->  the next state  ->  law of token t+1
 
     The block attends to all that it read before, so it has a KV cache, in which slot t belongs to token t. Where a token stands

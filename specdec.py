@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import has_float16, load_checkpoint, load_heads
+from model import has_float16, load_checkpoint, load_heads, n_state, target_states
 
 # -- sampling ----------------------------------------------------------------------------------------------------------------
 
@@ -267,16 +267,15 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     path, going, left_of_target = [n_accepted], n_accepted == 0, target_probs[:, 0]
     first, n_level = 1, 1  # of the level below: its first node; of the level above: its size
     for width in widths:
-        eldest = first + (path[-1] - (first - n_level)) * width
-        node, left = eldest, going
-        for child in range(width if going.any() else 0):
-            x = eldest + child
-            draft_law = at(draft_probs, x - 1)
-            keep = ratio(left_of_target, draft_law, at(draft_tokens, x - 1)).clamp(max=1)
-            kept = bernoulli(torch.where(left, keep, 0), generator)
+        node, left = first + (path[-1] - (first - n_level)) * width, going  # the eldest child, and who has yet to accept one
+        for child in range(width):
+            if not left.any():
+                break
+            node = node + left * (child > 0)
+            draft_law = at(draft_probs, node - 1)
+            left = left & ~bernoulli(ratio(left_of_target, draft_law, at(draft_tokens, node - 1)).clamp(max=1), generator)
             # Not this one: what is left of the target's law is judged against the next sibling's.
-            left_of_target = torch.where((left & ~kept)[:, None], residual(left_of_target, draft_law), left_of_target)
-            node, left = torch.where(kept, x, node), left & ~kept
+            left_of_target = torch.where(left[:, None], residual(left_of_target, draft_law), left_of_target)
         going = going & ~left
         left_of_target = torch.where(going[:, None], at(target_probs, node), left_of_target)
         n_accepted = n_accepted + going
@@ -305,8 +304,8 @@ class Drafter:
         """ValueError, unless guesses for this target, in texts of up to `length` tokens, are possible."""
         self.vocab_size = target.config.vocab_size
 
-    def start(self, prompt, max_length, hidden):
-        """Read prompt (B, T) but for its newest token. hidden (B, T-1, D): the target's states there."""
+    def start(self, prompt, max_length, hidden, cache):
+        """Read prompt (B, T) but for its newest token. hidden (B, T-1, D): the target's states there; cache: its KV cache, from now on."""
 
     def propose(self, text, length, k, law, generator):
         """Guess up to k tokens after the first `length` (B,) tokens of each row of text: draft_tokens (B, k), draft_probs (B, k, V)."""
@@ -335,7 +334,7 @@ class Drafter:
     def commit(self, length, n_new, hidden):
         """n_new (B,) tokens now follow the first `length` (B,): forget what else was guessed.
 
-        hidden (B, n, D): the target's states at the newest of those `length` tokens, and at the guesses.
+        hidden (B, n, D): the target's states at the newest of those `length` tokens, and at the guesses; its cache still has those.
         """
 
 
@@ -367,7 +366,7 @@ class ModelDrafter(Drafter):
         if length > self.model.config.block_size:
             raise ValueError(f"prompt and budget are {length} tokens; the draft's block_size is {self.model.config.block_size}")
 
-    def start(self, prompt, max_length, hidden):
+    def start(self, prompt, max_length, hidden, cache):
         self.cache = self.model.new_cache(len(prompt), max_length)
         self.model(prompt[:, :-1], self.cache)
 
@@ -416,7 +415,7 @@ class NGramDrafter(Drafter):
 
 
 class HeadsDrafter(Drafter):
-    """Guesses with `DraftHeads`: a draft model of one block that sees the target's hidden states as well.
+    """Guesses with `DraftHeads`: a draft model of one block that sees the target's states as well.
 
     times: the seconds that the target's pass takes over 1, 2, .. tokens. With them the number of guesses follows the heads'
     own confidence, as in DSpark (arXiv 2607.05147): stop where (1 + a_1 + a_1 a_2 + ..) / time stops growing.
@@ -427,16 +426,17 @@ class HeadsDrafter(Drafter):
 
     def check(self, target, length):
         super().check(target, length)
-        ours, theirs = (self.heads.config.vocab_size, self.heads.c_state.in_features), tuple(target.wte.weight.shape)
+        ours, theirs = (self.heads.config.vocab_size, self.heads.c_state.in_features), (target.config.vocab_size, n_state(target.config))
         if ours != theirs or self.heads.lm_head.weight.dtype != target.wte.weight.dtype:
             shapes = f"{ours} {self.heads.lm_head.weight.dtype}, not {theirs} {target.wte.weight.dtype}"
             raise ValueError(f"the heads are for a target of another shape, {shapes}")
 
-    def start(self, prompt, max_length, hidden):
-        self.cache = self.heads.new_cache(len(prompt), max_length)
-        self.row = torch.arange(len(prompt), device=prompt.device)[:, None]
-        self.before = F.pad(hidden, (0, 0, 1, max_length - prompt.shape[1]))  # [:, t]: the target's state before token t
-        self.heads(self.heads.c_state(self.before[:, : hidden.shape[1]]), prompt[:, :-1], self.cache)
+    def start(self, prompt, max_length, hidden, cache):
+        self.cache, self.target_cache = self.heads.new_cache(len(prompt), max_length), cache
+        self.row, T = torch.arange(len(prompt), device=prompt.device)[:, None], prompt.shape[1]
+        states = target_states(hidden, cache, torch.arange(T - 1, device=prompt.device).expand(len(prompt), -1))
+        self.before = F.pad(states, (0, 0, 1, max_length - T))  # [:, t]: what the target knows before token t
+        self.heads(self.heads.c_state(self.before[:, : T - 1]), prompt[:, :-1], self.cache)
 
     def begin(self, text, length):
         def read(where):
@@ -462,7 +462,8 @@ class HeadsDrafter(Drafter):
     def commit(self, length, n_new, hidden):
         # Guesses were read with the heads' own idea of the target's states. Those are known now, so what stays is read again.
         self.cache.rollback(torch.minimum(length, self.cache.length))
-        self.before[self.row, length[:, None] + torch.arange(hidden.shape[1], device=length.device)] = hidden
+        where = length[:, None] + torch.arange(hidden.shape[1], device=length.device)
+        self.before[self.row, where] = target_states(hidden, self.target_cache, where - 1)
 
 
 class TreeDrafter(Drafter):
@@ -505,14 +506,12 @@ class TreeDrafter(Drafter):
             if level:
                 end = before + tokens[-1].shape[1]
                 logits, before = self.timed(self.drafter.step, tokens[-1], self.tree[before:end, 1:end]), end
-            probs = torch.zeros_like(law(logits)) if self.top else law(logits)
-            children = []
+            sibling, children = to_probs(logits, 0) if self.top else law(logits), []
             for child in range(width):
                 if child:  # not the elder one again
-                    probs, logits = probs.scatter(-1, token, 0), logits.scatter(-1, token, -torch.inf)
-                mass = probs.sum(-1, keepdim=True)
-                best = torch.zeros_like(probs).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
-                sibling = torch.where(mass > 0, probs / mass, best)
+                    sibling, logits = sibling.scatter(-1, token, 0), logits.scatter(-1, token, -torch.inf)
+                    mass = sibling.sum(-1, keepdim=True)
+                    sibling = torch.where(mass > 0, sibling / mass, to_probs(logits, 0))
                 token = categorical(sibling, generator)[..., None]
                 children.append((token, sibling))
             tokens.append(torch.cat([token for token, _ in children], -1).flatten(1))
@@ -552,7 +551,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
     step, row = torch.arange(k.most + 1, device=prompt.device)[None], torch.arange(B, device=prompt.device)[:, None]
     cache = target.new_cache(B, text.shape[1] + drafter.extra)
     _, hidden = target(prompt[:, :-1], cache)
-    drafter.start(prompt, text.shape[1] + drafter.extra, hidden)
+    drafter.start(prompt, text.shape[1] + drafter.extra, hidden, cache)
 
     while (most := (room := end - length).max().item()) > 0:
         start, drafting = now(), drafter.seconds

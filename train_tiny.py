@@ -9,7 +9,7 @@ Ctrl-C saves everything to checkpoints/partial.pt, and the same command goes on 
 replaced only when all are complete. Why distil: a drafter is judged by nothing but its agreement with the target. The
 acceptance rate at a position is 1 - TV = sum min(target_probs, draft_probs), so that is what its training maximises, on the
 texts where it will be asked: those that the target writes (DistillSpec, Zhou et al. 2023, arXiv 2310.08461). Large reads
-each of them once; its hidden states are kept, and its laws follow from them at the cost of one matrix product.
+each of them once; its states are kept, and its laws follow from them at the cost of one matrix product.
 """
 
 import math
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
-from model import GPT, DraftHeads, GPTConfig, fingerprint, make_encoding, save_checkpoint, save_heads
+from model import GPT, DraftHeads, GPTConfig, fingerprint, make_encoding, n_state, save_checkpoint, save_heads, target_states
 from specdec import CHECKPOINTS, Parser, find_device, load_pair, time_calls, rounds
 
 
@@ -128,9 +128,14 @@ def agreement_loss(logits, target_logits, next_tokens):
     return 0.9 * distance.mean() + 0.1 * F.cross_entropy(logits, next_tokens), 1 - distance.detach() / 2
 
 
-def distillation_loss(tiny, wte, windows, hidden):
-    """Of tiny on windows (B, T) int64, given the hidden states of large there, (B, T, D), and its output matrix, (V, D)."""
-    logits, target_logits = tiny(windows[:, :-1])[0], F.linear(hidden[:, :-1].to(wte.dtype), wte)
+def laws_of(states, wte):
+    """Logits of large from its `target_states` (.., n_state), of which the first D are the last hidden state, and its output matrix (V, D)."""
+    return F.linear(states[..., : wte.shape[1]].to(wte.dtype), wte)
+
+
+def distillation_loss(tiny, wte, windows, states):
+    """Of tiny on windows (B, T) int64, given the states of large there, (B, T, n_state), and its output matrix, (V, D)."""
+    logits, target_logits = tiny(windows[:, :-1])[0], laws_of(states[:, :-1], wte)
     return agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[:, 1:].flatten())[0]
 
 
@@ -158,8 +163,8 @@ class Chains:
         return self.kv
 
 
-def heads_loss(heads, wte, windows, hidden, start, n=N_AHEAD):
-    """Of guesses 1..n after the tokens at start (B, M) of windows (B, T); hidden and wte as above. Later guesses count less.
+def heads_loss(heads, wte, windows, states, start, n=N_AHEAD):
+    """Of guesses 1..n after the tokens at start (B, M) of windows (B, T); states and wte as above. Later guesses count less.
 
     The heads read the true states of all tokens up to start, and behind them their own, as they will when decoding ("training-time
     test", EAGLE-3, Li et al. 2025, arXiv 2503.01840). The loss includes the confidence: cross-entropy of the acceptance that the
@@ -167,13 +172,13 @@ def heads_loss(heads, wte, windows, hidden, start, n=N_AHEAD):
     -> loss, and alpha of each guess, (n, B * M)
     """
     row = torch.arange(len(windows), device=windows.device)[:, None]
-    cache, hidden = Chains(start), hidden.to(wte.dtype)
-    before = F.pad(hidden, (0, 0, 1, -1))  # the state before each token; nothing before the first
+    cache = Chains(start)
+    before = F.pad(states.to(wte.dtype), (0, 0, 1, -1))  # the states before each token; nothing before the first
     state = heads(heads.c_state(before), windows, cache)[row, start]
     loss, alphas = 0.0, []
     for i in range(1, n + 1):
         logits = heads.lm_head(state)
-        target_logits = F.linear(hidden[row, start + i - 1], wte)
+        target_logits = laws_of(states[row, start + i - 1], wte)
         one, alpha = agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[row, start + i].flatten())
         confidence = F.binary_cross_entropy_with_logits(heads.confidence(state.detach()).flatten().float(), alpha)
         loss = loss + math.exp(-(i - 1) / n) * (one + confidence)
@@ -188,9 +193,9 @@ def new_heads(large, n_embd, markov):
     """Draft heads that begin as large's own output layer, seen in the n_embd directions that matter most to it, or in all it has."""
     wte = large.wte.weight
     n_embd = min(n_embd, wte.shape[1])
-    heads = DraftHeads(*wte.shape, n_embd, markov).to(wte.device)
+    heads = DraftHeads(len(wte), n_state(large.config), n_embd, markov).to(wte.device)
     directions = torch.linalg.svd(wte, full_matrices=False).Vh[:n_embd]  # (n_embd, D)
-    heads.c_state.weight.copy_(directions)
+    heads.c_state.weight.zero_()[:, : wte.shape[1]] = directions
     heads.lm_head.weight.copy_(wte @ directions.T)
     if markov:
         heads.wte.weight.copy_(wte @ directions.T / wte.std())  # as large as the state beside which it is read
@@ -333,12 +338,14 @@ def write(large, tokens, n, temperature, seed):
 
 @torch.no_grad()
 def read(large, texts, autocast):
-    """The hidden states of large in texts (N, T): (N, T, D) bfloat16."""
-    hidden = torch.empty(*texts.shape, large.config.n_embd, dtype=torch.bfloat16, device=texts.device)
+    """The `target_states` of large in texts (N, T): (N, T, n_state) bfloat16."""
+    states = torch.empty(*texts.shape, n_state(large.config), dtype=torch.bfloat16, device=texts.device)
     with autocast():
-        for i in range(0, len(texts), 4):
-            hidden[i : i + 4] = large(texts[i : i + 4].long())[1]
-    return hidden
+        for i, some in zip(range(0, len(texts), 4), texts.long().split(4)):
+            cache = large.new_cache(len(some))
+            _, hidden = large(some, cache)
+            states[i : i + 4] = target_states(hidden, cache, torch.arange(texts.shape[1], device=texts.device).expand(len(some), -1))
+    return states
 
 
 # -- what it came to ---------------------------------------------------------------------------------------------------------
@@ -375,10 +382,10 @@ def held_out_alpha(large, tiny, windows, device, autocast):
 
 
 @torch.no_grad()
-def heads_alpha(heads, wte, texts, hidden):
+def heads_alpha(heads, wte, texts, states):
     """Acceptance rate at temperature 1 of guesses 1..N_AHEAD in texts (N, T), and its standard error: 2 x (N_AHEAD,)."""
     start = torch.arange(texts.shape[1] // 16, texts.shape[1] - N_AHEAD, device=texts.device)[None]
-    means = torch.stack([heads_loss(heads, wte, t[None].long(), h[None], start)[1].mean(1) for t, h in zip(texts, hidden)])
+    means = torch.stack([heads_loss(heads, wte, t[None].long(), s[None], start)[1].mean(1) for t, s in zip(texts, states)])
     return means.mean(0), means.std(0) / len(means) ** 0.5
 
 
@@ -468,12 +475,12 @@ def run(args):
         stages.save()
         print(f"large writes: {i + 1}/{preset.written} batches of 128 x {block_size} tokens", flush=True)
     own, held_out_own = torch.cat(written).to(device), write(large, held_out, 64, 1.0, args.seed + 99)
-    hidden, held_out_hidden = read(large, own, autocast), read(large, held_out_own, autocast)
+    states, held_out_states = read(large, own, autocast), read(large, held_out_own, autocast)
 
     def own_batch(loss_of):
         def batch(model, generator):
             i = torch.randint(len(own), (preset.batch_size,), generator=generator).to(device)
-            return loss_of(model, wte, own[i].long(), hidden[i], generator)
+            return loss_of(model, wte, own[i].long(), states[i], generator)
 
         return batch
 
@@ -503,7 +510,7 @@ def run(args):
         alphas = " before distillation, ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in alphas)
         print(f"acceptance rate on {where}: {alphas} after")
     for kind in heads:
-        alphas = zip(*heads_alpha(heads[kind], wte, held_out_own, held_out_hidden))
+        alphas = zip(*heads_alpha(heads[kind], wte, held_out_own, held_out_states))
         alphas = " ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in alphas)
         print(f"of the {kind} heads there, at guesses 1 to {N_AHEAD}: {alphas}")
     print(f"wrote large.pt, tiny.pt and heads.pt to {args.checkpoints} after {(time.perf_counter() - start) / 60:.1f} minutes")

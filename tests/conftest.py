@@ -105,19 +105,30 @@ def make_gpt(seed, vocab_size=7, block_size=48, n_layer=2, n_head=2, n_embd=8, s
     return model.eval()
 
 
-def make_heads(seed, vocab_size, n_hidden, markov=True):
-    """Random draft heads in float64 for the targets of make_gpt, with laws that differ."""
+def make_heads(seed, vocab_size, n_embd, markov=True, n_state=16):
+    """Random draft heads in float64 for the targets of make_gpt (of one layer: n_state=8), with laws that differ."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        heads = DraftHeads(vocab_size, 8, n_hidden, markov).double().requires_grad_(False)
+        heads = DraftHeads(vocab_size, n_state, n_embd, markov).double().requires_grad_(False)
         for weight in heads.parameters():
             weight.normal_()
     return heads
 
 
+def fresh_states(target, tokens):
+    """What `target_states` should be in whole texts (B, T), from a pass without a cache: (B, T, n_state)."""
+    values, D = [], target.config.n_embd
+    third = max(1, target.config.n_layer // 3)
+    hooks = [block.attn.c_attn.register_forward_hook(lambda module, x, qkv: values.append(qkv[:, 2 * D :])) for block in target.h[third::third]]
+    _, hidden = target(tokens)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat([hidden] + [v.view(hidden.shape) for v in values], -1)
+
+
 def heads_logits(heads, target, text, guesses=()):
     """What heads say after a text, and after each guess behind it, every pass from an empty cache: (1 + len(guesses), V)."""
-    states, logits = heads.c_state(F.pad(target(torch.tensor([text]))[1], (0, 0, 1, -1))), []
+    states, logits = heads.c_state(F.pad(fresh_states(target, torch.tensor([text])), (0, 0, 1, -1))), []
     for i in range(len(guesses) + 1):
         tokens = torch.tensor([[*text, *guesses[:i]]])
         state = heads(states, tokens, heads.new_cache(1, tokens.shape[1]))[:, -1:]

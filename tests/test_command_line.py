@@ -20,7 +20,7 @@ BYTES = {bytes([i]): i for i in range(256)}
 def write_pair(folder, vocab_size=257, draft_vocab_size=257, draft_ranks=BYTES, draft_block_size=256):
     target = make_gpt(1, vocab_size, 256)
     save_checkpoint(folder / "large.pt", target, make_encoding(r"\S+|\s+", BYTES))
-    save_heads(folder / "heads.pt", target, DraftHeads(vocab_size, 8, 16), DraftHeads(vocab_size, 8, 16, markov=False))
+    save_heads(folder / "heads.pt", target, DraftHeads(vocab_size, 16, 16), DraftHeads(vocab_size, 16, 16, markov=False))
     save_checkpoint(folder / "tiny.pt", make_gpt(2, draft_vocab_size, draft_block_size, n_layer=1), make_encoding(r"\S+|\s+", draft_ranks))
     return folder
 
@@ -266,7 +266,7 @@ def test_pairs_that_do_not_fit_are_refused(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert exit.value.code == 2 and out == "" and message in err and err.count("\n") == 1
     write_pair(tmp_path)
-    save_heads(tmp_path / "heads.pt", make_gpt(9, 257, 256), DraftHeads(257, 8, 16), DraftHeads(257, 8, 16, markov=False))
+    save_heads(tmp_path / "heads.pt", make_gpt(9, 257, 256), DraftHeads(257, 16, 16), DraftHeads(257, 16, 16, markov=False))
     with pytest.raises(SystemExit) as exit:
         specdec.main(["--checkpoints", str(tmp_path), "--prompt", "x", "--max-new-tokens", "9", "--dtype", "float32"])
     assert exit.value.code == 2 and "belong to another target" in capsys.readouterr().err

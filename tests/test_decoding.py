@@ -41,7 +41,7 @@ def drafter(request):
 
 def make_heads(markov=True, times=None):
     torch.manual_seed(0)
-    return HeadsDrafter(DraftHeads(7, 8, 16, markov).double().requires_grad_(False), times)
+    return HeadsDrafter(DraftHeads(7, 16, 16, markov).double().requires_grad_(False), times)
 
 
 OTHERS = {"ngram": NGramDrafter, "heads": make_heads, "confident_heads": lambda: make_heads(times=[1, 1.1, 1.2, 1.5, 2, 3, 4]),
@@ -400,8 +400,8 @@ def test_a_draft_that_is_the_target_stays_right_for_changing_k():
         ({"k": 0}, "k is 0"),
         ({"k": 48}, "k is 48"),
         ({"k": "many"}, "k is many"),
-        ({"drafter": HeadsDrafter(DraftHeads(7, 4, 8))}, "another shape"),
-        ({"drafter": HeadsDrafter(DraftHeads(7, 8, 8))}, "float32, not .* torch.float64"),
+        ({"drafter": HeadsDrafter(DraftHeads(7, 8, 8))}, "another shape"),
+        ({"drafter": HeadsDrafter(DraftHeads(7, 16, 8))}, "float32, not .* torch.float64"),
         ({"drafter": TreeDrafter(NGramDrafter(), (2,))}, "token by token"),
         ({"drafter": TreeDrafter(ModelDrafter(DRAFT), (9, 9))}, "a tree of 90 guesses"),
         ({"k": FixedK(48)}, "it must be at least 1"),

@@ -25,7 +25,7 @@ def test_guesses_come_from_the_laws_of_a_fresh_forward(history, seed):
     length = torch.full((B,), T)
     drafter = ModelDrafter(MODEL)
     drafter.check(MODEL, 48)
-    drafter.start(text[:, :T], ROOM, None)
+    drafter.start(text[:, :T], ROOM, None, None)
     assert drafter.cache.length.tolist() == [T - 1] * B
     for k, accepted in history:
         poison(drafter.cache)
@@ -51,7 +51,7 @@ def test_guesses_are_drawn_from_the_reported_laws(monkeypatch):
     monkeypatch.setattr(specdec, "categorical", lambda probs, generator=None, ahead=0: drawn.append(probs) or probs.argmax(-1))
     text = torch.randint(7, (B, ROOM))
     drafter = ModelDrafter(MODEL)
-    drafter.start(text[:, :T], ROOM, None)
+    drafter.start(text[:, :T], ROOM, None, None)
     tokens, probs = drafter.propose(text, torch.full((B,), T), 3, law, None)
     assert torch.equal(torch.stack(drawn, 1), probs) and torch.equal(tokens, probs.argmax(-1))
 
@@ -59,7 +59,7 @@ def test_guesses_are_drawn_from_the_reported_laws(monkeypatch):
 def test_rollback_forgets_what_was_not_accepted():
     text = torch.randint(7, (B, ROOM))
     drafter = ModelDrafter(MODEL)
-    drafter.start(text[:, :T], ROOM, None)
+    drafter.start(text[:, :T], ROOM, None, None)
     drafter.propose(text, torch.full((B,), T), 3, law, torch.Generator().manual_seed(0))
     drafter.commit(torch.full((B,), T), torch.tensor([1, 2, 4]), None)  # after 0, 1 and all 3 accepted guesses
     assert drafter.cache.length.tolist() == [T, T + 1, T + 2]  # nobody has read the third
@@ -133,16 +133,16 @@ def test_ngram_forgets_the_prompt_before():
 # -- heads
 
 
-@pytest.mark.parametrize("markov", [True, False])
-def test_heads_guess_from_the_targets_states(markov):
+@pytest.mark.parametrize("markov, n_layer, n_state", [(True, 2, 16), (False, 2, 16), (True, 1, 8), (True, 6, 24), (True, 7, 32)])
+def test_heads_guess_from_the_targets_states(markov, n_layer, n_state):
     """Whatever was accepted: the laws are those of heads that read the text with the states of a fresh forward, then their own."""
-    heads, texts = make_heads(0, 7, 16, markov), [[3, 1, 4], [0, 2, 6]]
+    heads, texts, model = make_heads(0, 7, 16, markov, n_state), [[3, 1, 4], [0, 2, 6]], make_gpt(2, n_layer=n_layer)
     drafter = HeadsDrafter(heads)
-    for r in rounds(MODEL, torch.tensor(texts), 25, drafter, 3, seed=1):
+    for r in rounds(model, torch.tensor(texts), 25, drafter, 3, seed=1):
         for b, text in enumerate(texts):
             if k := r.draft_probs.shape[1] if r.n_new[b] else 0:
                 guesses = r.tokens[b, : min(r.n_accepted[b].item(), k - 1)].tolist()
-                expected = heads_logits(heads, MODEL, text, guesses).softmax(-1)
+                expected = heads_logits(heads, model, text, guesses).softmax(-1)
                 torch.testing.assert_close(r.draft_probs[b, : len(expected)], expected, rtol=0, atol=1e-10)
             text += r.tokens[b, : r.n_new[b]].tolist()
         poison(drafter.cache)
@@ -167,6 +167,7 @@ def test_confidence_decides_how_many_guesses(monkeypatch):
             drafter = HeadsDrafter(heads, times)
             drafter.check(MODEL, 48)
             text = torch.ones(len(rows), 9, dtype=torch.int64)
-            drafter.start(text[:, :3], 9, torch.randn(len(rows), 2, 8).double())
+            cache = MODEL.new_cache(len(rows))
+            drafter.start(text[:, :3], 9, MODEL(text[:, :2], cache)[1], cache)
             tokens, _ = drafter.propose(text, torch.full((len(rows),), 3), 4, law, torch.Generator())
             assert tokens.shape[1] == n

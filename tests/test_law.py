@@ -154,9 +154,9 @@ def test_plain_decoding():
 
 def make_drafters(V):
     """{name: drafter} for the target of gpts(AGREE_HALFWAY[V], V)."""
-    draft, heads = gpts(AGREE_HALFWAY[V], V)[1], make_heads(3, V, 8)
+    draft, heads = gpts(AGREE_HALFWAY[V], V)[1], make_heads(3, V, 8, n_state=8)
     return {
-        "model": ModelDrafter(draft), "ngram": NGramDrafter(), "heads": HeadsDrafter(heads), "blind": HeadsDrafter(make_heads(4, V, 8, markov=False)),
+        "model": ModelDrafter(draft), "ngram": NGramDrafter(), "heads": HeadsDrafter(heads), "blind": HeadsDrafter(make_heads(4, V, 8, markov=False, n_state=8)),
         "confident": HeadsDrafter(heads, [1, 1.1, 1.3, 1.6]),
     }  # fmt: skip
 

@@ -91,7 +91,7 @@ TARGET, DRAFT = make_gpt(1), make_gpt(2, n_layer=1, n_embd=4)
 
 def heads():
     torch.manual_seed(0)
-    return DraftHeads(7, 8, 16).double().requires_grad_(False)
+    return DraftHeads(7, 16, 16).double().requires_grad_(False)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.lists(st.lists(st.integers(0, 6), min_size=2, max_size=2), min_size=1, max_size=3), st.integers(1, 6),

@@ -32,7 +32,7 @@ def visible_tv(cells, n):
 
 
 def make_drafters():
-    heads = make_heads(3, V, 8)
+    heads = make_heads(3, V, 8, n_state=8)
     return {
         "model": ModelDrafter(DRAFT), "ngram": NGramDrafter(), "heads": HeadsDrafter(heads),
         "tree": TreeDrafter(ModelDrafter(DRAFT), (2, 1, 2)), "tree of heads": TreeDrafter(HeadsDrafter(heads), (2, 2), top=True),

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import train_tiny
-from conftest import heads_logits, make_gpt, make_heads
+from conftest import fresh_states, heads_logits, make_gpt, make_heads
 from model import DraftHeads, load_checkpoint, load_heads
-from train_tiny import PRESETS, Preset, distillation_loss, heads_alpha, heads_loss, held_out_alpha, held_out_windows, main, new_heads, read_corpus, split_corpus, write
+from train_tiny import PRESETS, Preset, distillation_loss, heads_alpha, heads_loss, held_out_alpha, held_out_windows, main, new_heads, read, read_corpus, split_corpus, write
 
 SMALL = Preset(280, 16, (2, 2, 8), (1, 1, 8), 8, 4, 2, (6, 4, 5, 3), 3000)
 
@@ -209,8 +209,8 @@ def test_heads_are_trained_on_what_they_do_when_decoding(markov):
     """The acceptance that the loss sees: heads that read the text up to `start`, then guess on with states of their own."""
     target, heads, texts = make_gpt(1), make_heads(2, 7, 16, markov), torch.randint(7, (2, 12))
     start = torch.tensor([[0, 3, 7], [5, 2, 7]])
-    hidden, logits = target(texts)[1], target(texts)[0]
-    alphas = heads_loss(heads, target.wte.weight, texts, hidden, start)[1].view(4, 2, 3)
+    logits = target(texts)[0]
+    alphas = heads_loss(heads, target.wte.weight, texts, fresh_states(target, texts), start)[1].view(4, 2, 3)
     for b in range(2):
         for m, s in enumerate(start[b].tolist()):
             draft = heads_logits(heads, target, texts[b, : s + 1].tolist(), texts[b, s + 1 : s + 4].tolist()).softmax(-1)
@@ -218,16 +218,26 @@ def test_heads_are_trained_on_what_they_do_when_decoding(markov):
             torch.testing.assert_close(alphas[:, b, m], expected.float(), rtol=0, atol=1e-5, check_dtype=False)
 
 
+def test_large_reads_texts_for_their_states():
+    """Those of a pass without a cache, to the 8 bits of bfloat16; six texts, since they are read by fours."""
+    target, texts = make_gpt(1, n_layer=7).float(), torch.randint(7, (6, 12))
+    for enabled in (False, True):
+        states = read(target, texts.int(), lambda: torch.autocast("cpu", torch.bfloat16, enabled=enabled))
+        assert states.shape == (6, 12, 32)
+        error = (states.float() - fresh_states(target, texts)).norm(dim=-1) / fresh_states(target, texts).norm(dim=-1)
+        assert error.max() < (0.1 if enabled else 0.01)
+
+
 def test_heads_begin_as_the_targets_own_output_layer():
     """As wide as the target, they see all of it; asked to be wider, they are not; narrower, they see most."""
     target = make_gpt(1, vocab_size=20).float()
-    states = torch.randn(1, 5, 8)
+    states = torch.randn(1, 5, 16)
     for n_embd in (8, 12, 4):
         heads = new_heads(target, n_embd, True)
         assert heads.config.n_embd == min(n_embd, 8)
         with torch.no_grad():
             heads.c_state.bias.zero_()
-            ours, theirs = heads.lm_head(heads.c_state(states)), states @ target.wte.weight.T
+            ours, theirs = heads.lm_head(heads.c_state(states)), states[..., :8] @ target.wte.weight.T
         error = ((ours - theirs).norm() / theirs.norm()).item()
         assert error < 1e-5 if n_embd >= 8 else 1e-2 < error < 0.7
 

@@ -112,8 +112,8 @@ def test_every_node_continues_its_own_parent(drafter):
     inner, text, length = drafters()[drafter], torch.randint(7, (2, 30)), torch.tensor([6, 6])
     tree = TreeDrafter(inner, (2, 3, 2))
     tree.check(TARGET, 40)
-    hidden = TARGET(text[:, :5])[1]
-    tree.start(text[:, :6], 80, hidden)
+    cache = TARGET.new_cache(2)
+    tree.start(text[:, :6], 80, TARGET(text[:, :5], cache)[1], cache)
     tokens, probs = tree.propose(text, length, 3, lambda logits: logits.softmax(-1), torch.Generator().manual_seed(0))
     sees = ancestors((2, 3, 2), "cpu")
     for b in range(2):
