@@ -271,7 +271,8 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
         for child in range(width):
             if not left.any():
                 break
-            node = node + left * (child > 0)
+            if child:
+                node = node + left
             draft_law = at(draft_probs, node - 1)
             left = left & ~bernoulli(ratio(left_of_target, draft_law, at(draft_tokens, node - 1)).clamp(max=1), generator)
             # Not this one: what is left of the target's law is judged against the next sibling's.
@@ -689,8 +690,9 @@ class AutoK(FixedK):
     """Before each round, the k with which the batch promises to end first, at T(k+1) + k * guess + rest a round.
 
     alpha, and what a guess and the rest of a round cost, come from the rounds behind; k = 0, plain decoding, is one of the
-    choices, and the right one where speculation loses. What lies ahead is not looked at, so the law stays the target's. The
-    past counts less and less, and alpha drifts back to where it started: so guessing is tried again now and then.
+    choices, and the right one where speculation loses, or gains less than 5%: near a draw, trying costs more than it wins.
+    What lies ahead is not looked at, so the law stays the target's. The past counts less and less, and alpha drifts back to
+    where it started: so guessing is tried again now and then.
     A batch ends with its slowest row. The tokens of n rounds, tau each on average with variance v, have a standard deviation of
     sqrt(n v), and the unluckiest of B rows falls short by about sqrt(2 log B) of those; in plain decoding all end at once.
     times: the seconds of the target's pass over 1, 2, .., most+1 tokens, as from `pass_times`.
@@ -710,7 +712,7 @@ class AutoK(FixedK):
             # tokens N of a round: P(N > i) = alpha^i for i <= k, and E[N^2] = sum (2i + 1) P(N > i)
             variance = sum((2 * i + 1) * alpha**i for i in range(k + 1)) - tau**2
             n_rounds = most / tau + unlucky * math.sqrt(most / tau * max(0, variance)) / tau
-            return n_rounds * (self.times[k] + (k * self.guess + self.rest) * (k > 0))
+            return n_rounds * (self.times[k] + k * self.guess + self.rest if k else 0.95 * self.times[0])
 
         return min(range(self.most + 1), key=seconds)
 

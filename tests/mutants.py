@@ -270,6 +270,7 @@ CATALOGUE = [
     Mutant("P6", "heads learn the law one token too late", "-", "train_tiny.py",
            "laws_of(states[row, start + i - 1], wte)", "laws_of(states[row, start + i], wte)", "training"),
     Mutant("P7", "auto: plain decoding is no choice", "-", "specdec.py", "return min(range(self.most + 1), key=seconds)", "return min(range(1, self.most + 1), key=seconds)", "decoding"),
+    Mutant("P7c", "auto: a draw is enough to go on guessing", "-", "specdec.py", "0.95 * self.times[0]", "self.times[0]", "decoding -k auto"),
     Mutant("P7b", "auto: the slowest row of a batch is forgotten", "-", "specdec.py", "math.sqrt(2 * math.log((room > 0).sum().item()))", "0", "decoding -k auto"),
     Mutant("P8", "auto: the past never fades", "-", "specdec.py",
            "self.evaluated += 0.05 * (5.0 - self.evaluated) +", "self.evaluated +=", "decoding"),

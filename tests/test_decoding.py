@@ -295,6 +295,7 @@ def test_auto_k_by_hand():
     assert auto([1.0] * 9, 0.6, 0, 50, 100).choose(ONE_ROW) == 0
     assert auto([1.0 * n for n in range(1, 10)], 0.01, 0, 90, 100).choose(ONE_ROW) == 0
     assert auto([1.0] * 9, 0.05, 5, 80, 100).choose(ONE_ROW) == 0  # the rest of a round counts, too
+    assert [auto([1.0, t], 0, 0, 50, 100).choose(ONE_ROW) for t in (1.46, 1.38)] == [0, 1]  # 1.5 tokens, 3% and 9% faster
 
 
 def test_auto_k_knows_that_a_batch_ends_with_its_slowest_row():
