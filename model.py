@@ -7,6 +7,7 @@ and the shapes of OpenAI's published weights, so those fit in one by one, withou
 Letters in shapes: B rows, T new tokens, S tokens to look at, D = n_embd, V = vocab_size.
 """
 
+import math
 import os
 import zlib
 from contextlib import contextmanager
@@ -138,21 +139,22 @@ class GPT(nn.Module):
         return KVCache(c.n_layer, batch_size, c.n_head, max_length or c.block_size, c.n_embd // c.n_head, weight.device, weight.dtype)
 
 
-def target_states(hidden, cache, slots):
-    """What draft heads see of a target that has just read some tokens, (B, T, n_state): the last hidden state, (B, T, D), and
-    the values that every third part of the layers has left in its cache, in slots (B, T).
+def target_states(hidden, cache, start):
+    """What draft heads see of a target that has read T tokens, from slot start (B,) of its cache on: (B, T, n_state).
 
+    The last hidden state, (B, T, D), and beside it the attention's values in the layers at one and two thirds of the depth.
     The last state is made to tell the next token; layers below know more of what led to it. EAGLE-3 (Li et al. 2025, arXiv
-    2503.01840) takes their hidden states for that. The values are the same seen through a matrix, and there already.
+    2503.01840) takes their hidden states for that. The values are those behind a LayerNorm and a matrix, and there already.
     """
-    third = max(1, len(cache.v) // 3)
-    row = torch.arange(len(slots), device=slots.device)[:, None]
+    third = math.ceil(len(cache.v) / 3)
+    row = torch.arange(len(start), device=start.device)[:, None]
+    slots = start[:, None] + torch.arange(hidden.shape[1], device=start.device)
     return torch.cat((hidden, cache.v[third::third][:, row, :, slots].flatten(2)), -1)
 
 
-def n_state(config):
-    """The size of `target_states`: that of the hidden state, once for itself and once for each layer seen."""
-    return config.n_embd * len(range(0, config.n_layer, max(1, config.n_layer // 3)))
+def target_state_size(config):
+    """n_state of `target_states`: D for the hidden state, and D for each layer seen."""
+    return config.n_embd * len(range(0, config.n_layer, math.ceil(config.n_layer / 3)))
 
 
 class DraftHeads(nn.Module):

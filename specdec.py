@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import has_float16, load_checkpoint, load_heads, n_state, target_states
+from model import has_float16, load_checkpoint, load_heads, target_state_size, target_states
 
 # -- sampling ----------------------------------------------------------------------------------------------------------------
 
@@ -305,8 +305,8 @@ class Drafter:
         """ValueError, unless guesses for this target, in texts of up to `length` tokens, are possible."""
         self.vocab_size = target.config.vocab_size
 
-    def start(self, prompt, max_length, hidden, cache):
-        """Read prompt (B, T) but for its newest token. hidden (B, T-1, D): the target's states there; cache: its KV cache, from now on."""
+    def start(self, prompt, max_length, hidden, target_cache):
+        """Read prompt (B, T) but for its newest token. hidden (B, T-1, D): the target's states there; its cache stays the same one."""
 
     def propose(self, text, length, k, law, generator):
         """Guess up to k tokens after the first `length` (B,) tokens of each row of text: draft_tokens (B, k), draft_probs (B, k, V)."""
@@ -335,7 +335,8 @@ class Drafter:
     def commit(self, length, n_new, hidden):
         """n_new (B,) tokens now follow the first `length` (B,): forget what else was guessed.
 
-        hidden (B, n, D): the target's states at the newest of those `length` tokens, and at the guesses; its cache still has those.
+        hidden (B, n, D): the target's states at the newest of those `length` tokens, and at the guesses; its cache holds the same
+        tokens, in the same order, from slot length - 1 on.
         """
 
 
@@ -367,7 +368,7 @@ class ModelDrafter(Drafter):
         if length > self.model.config.block_size:
             raise ValueError(f"prompt and budget are {length} tokens; the draft's block_size is {self.model.config.block_size}")
 
-    def start(self, prompt, max_length, hidden, cache):
+    def start(self, prompt, max_length, hidden, target_cache):
         self.cache = self.model.new_cache(len(prompt), max_length)
         self.model(prompt[:, :-1], self.cache)
 
@@ -427,17 +428,18 @@ class HeadsDrafter(Drafter):
 
     def check(self, target, length):
         super().check(target, length)
-        ours, theirs = (self.heads.config.vocab_size, self.heads.c_state.in_features), (target.config.vocab_size, n_state(target.config))
+        ours, theirs = (self.heads.config.vocab_size, self.heads.c_state.in_features), (target.config.vocab_size, target_state_size(target.config))
         if ours != theirs or self.heads.lm_head.weight.dtype != target.wte.weight.dtype:
             shapes = f"{ours} {self.heads.lm_head.weight.dtype}, not {theirs} {target.wte.weight.dtype}"
-            raise ValueError(f"the heads are for a target of another shape, {shapes}")
+            raise ValueError(f"the heads are for a target of another shape, {shapes}; `python train_tiny.py --distill` trains new ones")
 
-    def start(self, prompt, max_length, hidden, cache):
-        self.cache, self.target_cache = self.heads.new_cache(len(prompt), max_length), cache
-        self.row, T = torch.arange(len(prompt), device=prompt.device)[:, None], prompt.shape[1]
-        states = target_states(hidden, cache, torch.arange(T - 1, device=prompt.device).expand(len(prompt), -1))
-        self.before = F.pad(states, (0, 0, 1, max_length - T))  # [:, t]: what the target knows before token t
-        self.heads(self.heads.c_state(self.before[:, : T - 1]), prompt[:, :-1], self.cache)
+    def start(self, prompt, max_length, hidden, target_cache):
+        self.target_cache = target_cache
+        self.cache = self.heads.new_cache(len(prompt), max_length)
+        self.row = torch.arange(len(prompt), device=prompt.device)[:, None]
+        states = target_states(hidden, target_cache, torch.zeros_like(prompt[:, 0]))
+        self.before = F.pad(states, (0, 0, 1, max_length - prompt.shape[1]))  # [:, t]: what the target knows before token t
+        self.heads(self.heads.c_state(self.before[:, : hidden.shape[1]]), prompt[:, :-1], self.cache)
 
     def begin(self, text, length):
         def read(where):
@@ -464,7 +466,7 @@ class HeadsDrafter(Drafter):
         # Guesses were read with the heads' own idea of the target's states. Those are known now, so what stays is read again.
         self.cache.rollback(torch.minimum(length, self.cache.length))
         where = length[:, None] + torch.arange(hidden.shape[1], device=length.device)
-        self.before[self.row, where] = target_states(hidden, self.target_cache, where - 1)
+        self.before[self.row, where] = target_states(hidden, self.target_cache, length - 1)
 
 
 class TreeDrafter(Drafter):
@@ -690,9 +692,9 @@ class AutoK(FixedK):
     """Before each round, the k with which the batch promises to end first, at T(k+1) + k * guess + rest a round.
 
     alpha, and what a guess and the rest of a round cost, come from the rounds behind; k = 0, plain decoding, is one of the
-    choices, and the right one where speculation loses, or gains less than 5%: near a draw, trying costs more than it wins.
-    What lies ahead is not looked at, so the law stays the target's. The past counts less and less, and alpha drifts back to
-    where it started: so guessing is tried again now and then.
+    choices, and the right one where speculation loses. What lies ahead is not looked at, so the law stays the target's. The
+    past counts less and less, and alpha drifts back to where it started: so guessing is tried again now and then, but, lest
+    that be too often where it is hopeless, only if it promises 5%.
     A batch ends with its slowest row. The tokens of n rounds, tau each on average with variance v, have a standard deviation of
     sqrt(n v), and the unluckiest of B rows falls short by about sqrt(2 log B) of those; in plain decoding all end at once.
     times: the seconds of the target's pass over 1, 2, .., most+1 tokens, as from `pass_times`.

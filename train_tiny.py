@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
-from model import GPT, DraftHeads, GPTConfig, fingerprint, make_encoding, n_state, save_checkpoint, save_heads, target_states
+from model import GPT, DraftHeads, GPTConfig, fingerprint, make_encoding, save_checkpoint, save_heads, target_state_size, target_states
 from specdec import CHECKPOINTS, Parser, find_device, load_pair, time_calls, rounds
 
 
@@ -128,14 +128,14 @@ def agreement_loss(logits, target_logits, next_tokens):
     return 0.9 * distance.mean() + 0.1 * F.cross_entropy(logits, next_tokens), 1 - distance.detach() / 2
 
 
-def laws_of(states, wte):
+def logits_of(states, wte):
     """Logits of large from its `target_states` (.., n_state), of which the first D are the last hidden state, and its output matrix (V, D)."""
     return F.linear(states[..., : wte.shape[1]].to(wte.dtype), wte)
 
 
 def distillation_loss(tiny, wte, windows, states):
     """Of tiny on windows (B, T) int64, given the states of large there, (B, T, n_state), and its output matrix, (V, D)."""
-    logits, target_logits = tiny(windows[:, :-1])[0], laws_of(states[:, :-1], wte)
+    logits, target_logits = tiny(windows[:, :-1])[0], logits_of(states[:, :-1], wte)
     return agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[:, 1:].flatten())[0]
 
 
@@ -178,7 +178,7 @@ def heads_loss(heads, wte, windows, states, start, n=N_AHEAD):
     loss, alphas = 0.0, []
     for i in range(1, n + 1):
         logits = heads.lm_head(state)
-        target_logits = laws_of(states[row, start + i - 1], wte)
+        target_logits = logits_of(states[row, start + i - 1], wte)
         one, alpha = agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[row, start + i].flatten())
         confidence = F.binary_cross_entropy_with_logits(heads.confidence(state.detach()).flatten().float(), alpha)
         loss = loss + math.exp(-(i - 1) / n) * (one + confidence)
@@ -193,7 +193,7 @@ def new_heads(large, n_embd, markov):
     """Draft heads that begin as large's own output layer, seen in the n_embd directions that matter most to it, or in all it has."""
     wte = large.wte.weight
     n_embd = min(n_embd, wte.shape[1])
-    heads = DraftHeads(len(wte), n_state(large.config), n_embd, markov).to(wte.device)
+    heads = DraftHeads(len(wte), target_state_size(large.config), n_embd, markov).to(wte.device)
     directions = torch.linalg.svd(wte, full_matrices=False).Vh[:n_embd]  # (n_embd, D)
     heads.c_state.weight.zero_()[:, : wte.shape[1]] = directions
     heads.lm_head.weight.copy_(wte @ directions.T)
@@ -338,13 +338,13 @@ def write(large, tokens, n, temperature, seed):
 
 @torch.no_grad()
 def read(large, texts, autocast):
-    """The `target_states` of large in texts (N, T): (N, T, n_state) bfloat16."""
-    states = torch.empty(*texts.shape, n_state(large.config), dtype=torch.bfloat16, device=texts.device)
+    """The `target_states` of large in texts (N, T): (N, T, n_state) bfloat16, on the CPU, for they may be many gigabytes."""
+    states = torch.empty(*texts.shape, target_state_size(large.config), dtype=torch.bfloat16)
     with autocast():
-        for i, some in zip(range(0, len(texts), 4), texts.long().split(4)):
-            cache = large.new_cache(len(some))
+        for some, out in zip(texts.split(4), states.split(4)):
+            some, cache = some.long().to(large.wte.weight.device), large.new_cache(len(some))
             _, hidden = large(some, cache)
-            states[i : i + 4] = target_states(hidden, cache, torch.arange(texts.shape[1], device=texts.device).expand(len(some), -1))
+            out[:] = target_states(hidden, cache, torch.zeros_like(some[:, 0]))
     return states
 
 
@@ -384,8 +384,9 @@ def held_out_alpha(large, tiny, windows, device, autocast):
 @torch.no_grad()
 def heads_alpha(heads, wte, texts, states):
     """Acceptance rate at temperature 1 of guesses 1..N_AHEAD in texts (N, T), and its standard error: 2 x (N_AHEAD,)."""
-    start = torch.arange(texts.shape[1] // 16, texts.shape[1] - N_AHEAD, device=texts.device)[None]
-    means = torch.stack([heads_loss(heads, wte, t[None].long(), s[None], start)[1].mean(1) for t, s in zip(texts, states)])
+    start = torch.arange(texts.shape[1] // 16, texts.shape[1] - N_AHEAD, device=wte.device)[None]
+    texts, states = texts.long().to(wte.device), states.to(wte.device)
+    means = torch.stack([heads_loss(heads, wte, t[None], s[None], start)[1].mean(1) for t, s in zip(texts, states)])
     return means.mean(0), means.std(0) / len(means) ** 0.5
 
 
@@ -474,13 +475,13 @@ def run(args):
         written.append(write(large, tokens, 128, float(i % 3 < 2), args.seed + 100 + i).cpu())
         stages.save()
         print(f"large writes: {i + 1}/{preset.written} batches of 128 x {block_size} tokens", flush=True)
-    own, held_out_own = torch.cat(written).to(device), write(large, held_out, 64, 1.0, args.seed + 99)
+    own, held_out_own = torch.cat(written), write(large, held_out, 64, 1.0, args.seed + 99)
     states, held_out_states = read(large, own, autocast), read(large, held_out_own, autocast)
 
     def own_batch(loss_of):
         def batch(model, generator):
-            i = torch.randint(len(own), (preset.batch_size,), generator=generator).to(device)
-            return loss_of(model, wte, own[i].long(), states[i], generator)
+            i = torch.randint(len(own), (preset.batch_size,), generator=generator)
+            return loss_of(model, wte, own[i].long().to(device), states[i].to(device), generator)
 
         return batch
 

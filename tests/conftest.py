@@ -118,8 +118,8 @@ def make_heads(seed, vocab_size, n_embd, markov=True, n_state=16):
 def fresh_states(target, tokens):
     """What `target_states` should be in whole texts (B, T), from a pass without a cache: (B, T, n_state)."""
     values, D = [], target.config.n_embd
-    third = max(1, target.config.n_layer // 3)
-    hooks = [block.attn.c_attn.register_forward_hook(lambda module, x, qkv: values.append(qkv[:, 2 * D :])) for block in target.h[third::third]]
+    seen = {1: (), 2: (1,), 3: (1, 2), 4: (2,), 6: (2, 4), 7: (3, 6)}[target.config.n_layer]
+    hooks = [target.h[i].attn.c_attn.register_forward_hook(lambda module, x, qkv: values.append(qkv[:, 2 * D :])) for i in seen]
     _, hidden = target(tokens)
     for hook in hooks:
         hook.remove()

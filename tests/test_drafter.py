@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import fresh_logits, heads_logits, make_gpt, make_heads
-from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, rounds
+from conftest import fresh_logits, fresh_states, heads_logits, make_gpt, make_heads
+from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, rounds
 from test_kvcache import poison
 
 MODEL = make_gpt(2)
@@ -133,7 +133,7 @@ def test_ngram_forgets_the_prompt_before():
 # -- heads
 
 
-@pytest.mark.parametrize("markov, n_layer, n_state", [(True, 2, 16), (False, 2, 16), (True, 1, 8), (True, 6, 24), (True, 7, 32)])
+@pytest.mark.parametrize("markov, n_layer, n_state", [(True, 2, 16), (False, 2, 16), (True, 1, 8), (True, 3, 24), (True, 4, 16), (True, 6, 24), (True, 7, 24)])
 def test_heads_guess_from_the_targets_states(markov, n_layer, n_state):
     """Whatever was accepted: the laws are those of heads that read the text with the states of a fresh forward, then their own."""
     heads, texts, model = make_heads(0, 7, 16, markov, n_state), [[3, 1, 4], [0, 2, 6]], make_gpt(2, n_layer=n_layer)
@@ -146,6 +146,18 @@ def test_heads_guess_from_the_targets_states(markov, n_layer, n_state):
                 torch.testing.assert_close(r.draft_probs[b, : len(expected)], expected, rtol=0, atol=1e-10)
             text += r.tokens[b, : r.n_new[b]].tolist()
         poison(drafter.cache)
+
+
+def test_heads_see_the_states_of_the_path_that_was_accepted():
+    """Of a tree, too: they are taken once the target's cache is in order. (Otherwise the guesses are worse, and nothing else.)"""
+    tree, texts, depths = TreeDrafter(HeadsDrafter(make_heads(0, 7, 16)), (2, 2)), [[3, 1, 4], [0, 2, 6]], set()
+    for r in rounds(MODEL, torch.tensor(texts), 25, tree, seed=2):
+        depths.update(r.n_accepted.tolist())
+        for b, text in enumerate(texts):
+            text += r.tokens[b, : r.n_new[b]].tolist()
+            expected = fresh_states(MODEL, torch.tensor([text]))[0, :-1]
+            torch.testing.assert_close(tree.drafter.before[b, 1 : len(text)], expected, rtol=0, atol=1e-10)
+    assert {0, 2} <= depths
 
 
 def test_blind_heads_do_not_hear_of_the_guess_before():

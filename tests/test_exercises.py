@@ -50,7 +50,7 @@ def test_an_unfinished_exercise_fails_with_its_name(line):
 DONE = (["to_probs"], ["bernoulli", "categorical"], ["plain_rounds"], ["ratio", "residual"], ["verify"], [], ["expected_tokens", "expected_speed_up", "best_k"],
         ["Drafter.propose", "catch_up", "ModelDrafter.commit"], ["speculative_rounds"], [], ["NGramDrafter.propose"], ["verify_block"],
         ["verify_coupled"], ["ancestors"])  # fmt: skip
-SLOW = (9, 13)  # nearly the whole of a file that the ordinary test command runs anyway; of the last, with nothing left to do
+SLOW = (9, 13)  # nearly the whole of a file that the ordinary test command runs anyway. (At 13 all are done, so it is that very run.)
 
 
 def left_after(i):
