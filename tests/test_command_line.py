@@ -53,7 +53,7 @@ def test_the_whole_story_in_one_run(pair):
 
 def test_threads_are_tried_or_told(pair, monkeypatch, capsys):
     tried = []
-    monkeypatch.setattr(specdec, "race", lambda targets, choices, n: tried.extend(choices) or dict.fromkeys(choices, 1.0))
+    monkeypatch.setattr(specdec, "race", lambda targets, choices, n, turns: tried.extend(choices) or dict.fromkeys(choices, 1.0))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     options = ["--checkpoints", str(pair), "--max-new-tokens", "4", "--dtype", "float32", "--drafter", "ngram", "--prompt", "ab"]
@@ -188,7 +188,7 @@ def test_the_race_for_the_baseline(pair, monkeypatch):
         ({f32: 1.0, bf16: 1.2, f16: 1.05}, {f32: 2.0, f16: 1.5}, f16),
         ({f32: 1.05, bf16: 1.2, f16: 1.0}, {f32: 1.5, f16: 2.0}, f32),
     ):
-        monkeypatch.setattr(specdec, "race", lambda targets, choices, n: {c: {1: one, 5: five}[n][c[0]] for c in choices})
+        monkeypatch.setattr(specdec, "race", lambda targets, choices, n, turns: {c: {1: one, 5: five}[n][c[0]] for c in choices})
         target, draft, _ = specdec.load_pair(pair)
         assert target.h[0].mlp.c_fc.weight.dtype == winner
         assert draft.wte.weight.dtype == (bf16 if winner == bf16 else f32)
