@@ -35,7 +35,7 @@ def test_the_heads_are_good_and_better_when_told(pair):
     target, _, encoding = pair
     prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1)
     told, blind = (generate(target, prompt, 60, drafter=HeadsDrafter(heads), k=4, seed=0).stats.expected_acceptance_rate for heads in load_heads(CHECKPOINTS / "heads.pt", target))
-    assert told > 0.65 and told > blind + 0.3
+    assert told > 0.68 and told > blind + 0.3
 
 
 def test_greedy_text_is_the_targets(pair):
