@@ -266,6 +266,7 @@ CATALOGUE = [
            'self.survival = self.heads', "drafter"),
     Mutant("P9", "rows that have ended decide how much is guessed", "-", "specdec.py",
            "        drafter.going = room > 0\n", "", "decoding"),
+    Mutant("P9b", "a lookup for rows that have ended", "-", "specdec.py", "((behind > 0) & self.going)", "(behind > 0)", "drafter"),
     Mutant("P10", "the block rule takes NaN for a yes", "-", "specdec.py",
            "(target_x / draft_x).clamp(max=1e30), 0)", "target_x / draft_x, 0)", "rules"),
     Mutant("P6", "heads learn the law one token too late", "-", "train_tiny.py",

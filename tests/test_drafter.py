@@ -122,6 +122,14 @@ def test_ngram_equals_a_plain_search_of_each_row(texts, k, max_n):
             assert row.tolist() == expected == p.argmax(-1).tolist()
 
 
+def test_ngram_guesses_nothing_for_a_row_that_has_ended():
+    drafter = NGramDrafter()
+    drafter.check(MODEL, 48)
+    drafter.going = torch.tensor([True, False])
+    tokens, _ = drafter.propose(torch.tensor([[1, 2, 3, 0, 0], [1, 2, 1, 0, 0]]), torch.tensor([3, 3]), 2, law, None)
+    assert tokens.shape == (2, 0)
+
+
 def test_ngram_forgets_the_prompt_before():
     """BUGS J4: nothing is kept from one text to the next."""
     drafter = NGramDrafter()
