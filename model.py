@@ -146,15 +146,19 @@ def target_states(hidden, cache, start):
     The last state is made to tell the next token; layers below know more of what led to it. EAGLE-3 (Li et al. 2025, arXiv
     2503.01840) takes their hidden states for that. The values are those behind a LayerNorm and a matrix, and there already.
     """
-    third = math.ceil(len(cache.v) / 3)
     row = torch.arange(len(start), device=start.device)[:, None]
     slots = start[:, None] + torch.arange(hidden.shape[1], device=start.device)
-    return torch.cat((hidden, cache.v[third::third][:, row, :, slots].flatten(2)), -1)
+    return torch.cat((hidden, cache.v[_thirds(len(cache.v))][:, row, :, slots].flatten(2)), -1)
 
 
 def target_state_size(config):
     """n_state of `target_states`: D for the hidden state, and D for each layer seen."""
-    return config.n_embd * len(range(0, config.n_layer, math.ceil(config.n_layer / 3)))
+    return config.n_embd * (1 + len(range(config.n_layer)[_thirds(config.n_layer)]))
+
+
+def _thirds(n_layer):
+    third = math.ceil(n_layer / 3)
+    return slice(third, None, third)
 
 
 class DraftHeads(nn.Module):

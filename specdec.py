@@ -895,7 +895,7 @@ def race(targets, choices, n, turns):
         for _ in range(3):
             one_pass()
 
-    one_pass = {dtype: passes(target, 1, 64, (n,))[n] for dtype, (target, _) in targets.items()}
+    one_pass = {dtype: passes(targets[dtype][0], 1, 64, (n,))[n] for dtype in {dtype for dtype, _ in choices}}
     calls = {(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}
     return time_calls(calls, turns, lambda times: statistics.quantiles(times, n=4)[0])
 

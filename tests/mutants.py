@@ -249,7 +249,7 @@ CATALOGUE = [
     Mutant("P1", "heads read each token with the state after it", "-", "specdec.py",
            "self.before[self.row, where] = ", "self.before[self.row, where - 1] = ", "drafter"),
     Mutant("P1d", "heads see the values of the token after", "-", "specdec.py", "self.target_cache, length - 1)", "self.target_cache, length)", "drafter"),
-    Mutant("P1e", "heads see layers that they were not trained on", "-", "model.py", "cache.v[third::third]", "cache.v[third - 1 :: third][: (len(cache.v) - 1) // third]", "drafter"),
+    Mutant("P1e", "heads see layers that they were not trained on", "-", "model.py", "return slice(third, None, third)", "return slice(third - 1, n_layer - 1, third)", "drafter"),
     Mutant("P1f", "heads see the states of a tree before its path is known", "-", "specdec.py", "target_probs[row, path], hidden[row, path]", "target_probs[row, path], hidden", "drafter"),
     Mutant("P1b", "heads keep what they read with states of their own", "-", "specdec.py",
            "        self.cache.rollback(torch.minimum(length, self.cache.length))\n", "        self.cache.rollback(torch.minimum(length + n_new - 1, self.cache.length))\n", "drafter"),
