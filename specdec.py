@@ -1131,8 +1131,8 @@ def sweep(target, draft, rows, prompts, max_new_tokens, **options):
     size = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in models.items()}
     cache = {name: 2 * model.new_cache(1).k.nbytes for name, model in models.items()}
     print("\nmemory: " + "; ".join(f"{name} {size[name] / 1e6:.1f} MB, its cache {cache[name] / 1e6:.1f} MB a row" for name in models))
-    block = torch.zeros(2**26, dtype=torch.float32, device=target.wte.weight.device)
-    bandwidth = 2 * block.nbytes / time_calls({"copy": lambda: block.clone()}, 7)["copy"]
+    block, other = torch.zeros(2, 2**26, device=target.wte.weight.device)  # not `clone`, which spends its time on getting memory
+    bandwidth = 2 * block.nbytes / time_calls({"copy": lambda: other.copy_(block)}, 7)["copy"]
     floor = 1000 * size["target"] / bandwidth
     print(f"a large copy moves {bandwidth / 1e9:.1f} GB/s; to read the target's weights at that speed takes {floor:.2f} ms: the floor")
     print(f"under T(1), which is {1000 * times['target'][0]:.2f} ms, as long as no cache of the processor holds them\n")

@@ -1,4 +1,6 @@
-"""Proof, part 5: bugs that public speculative decoders really had, planted here one at a time. A test must fail for each.
+"""Proof, part 5: bugs that public speculative decoders really had, and slips that anyone can make, planted one at a time.
+
+A test must fail for each.
 
     python tests/mutants.py            # all of them
     python tests/mutants.py A2 E1      # some
@@ -257,7 +259,7 @@ CATALOGUE = [
     Mutant("P2", "nodes of a tree continue another node's state", "-", "specdec.py",
            'self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)',
            'self.state.repeat(1, tokens.shape[1] // self.state.shape[1], 1)', "tree law"),
-    Mutant("P3", "the length is chosen by the guess in question", "DESIGN, invariant 8", "specdec.py",
+    Mutant("P3", "the length is chosen by the guess in question", "-", "specdec.py",
            "            if not self.go_on(len(probs)):\n                break\n            probs.append(law(logits[:, -1]))\n            tokens.append(categorical(probs[-1], generator, len(probs) - 1)[:, None])\n",
            "            probs.append(law(logits[:, -1]))\n            tokens.append(categorical(probs[-1], generator, len(probs) - 1)[:, None])\n            if (tokens[-1] == 0).all():\n                return torch.cat(tokens[:-1], 1), torch.stack(probs[:-1], 1) if probs[:-1] else probs[-1][:, None][:, :0]\n", "law"),
     Mutant("P4", "heads of another target are taken", "-", "model.py", "if whose != fingerprint(target):", "if False:", "command_line"),
