@@ -81,7 +81,7 @@ def categorical(probs, generator=None, ahead=0):
 
     A race: token v arrives at time Exponential(1) / probs[v], where Exponential(1) = -log u, and the first to arrive is v with
     exactly probability probs[v]. (torch.multinomial runs the same race, more slowly.)
-    ahead: how many tokens lie between the newest one and this one. Only `Noise` asks, which then takes the generator's place.
+    ahead: which new token this is, counted from `Noise.here`. Only `Noise` asks, which then takes the generator's place.
     """
     if isinstance(generator, Noise):
         return (probs / generator.log_u(ahead)).argmin(-1)
@@ -99,11 +99,11 @@ class Noise:
 
     def __init__(self, generator, B, max_length, V):
         self.table = torch.rand(max_length, B, V, generator=generator, device=generator.device, dtype=torch.float64).log_().clamp_(min=-1e3)
-        self.here = None  # (B,) the position of the token after the newest one: kept up to date by the loop
         self.row = torch.arange(B, device=generator.device)
+        self.here = torch.zeros_like(self.row)  # how many tokens each row has written: kept up to date by the speculative loop
 
     def log_u(self, ahead):
-        """(B, V) for the token at position here + ahead; for ahead (n,), the n of them: (B, n, V)."""
+        """(B, V) for the new token here + ahead; for ahead (n,), the n of them: (B, n, V)."""
         position, row = (self.here + ahead, self.row) if isinstance(ahead, int) else (self.here[:, None] + ahead, self.row[:, None])
         return self.table[position.clamp(max=len(self.table) - 1), row]  # what is drawn past the budget is never emitted
 
@@ -141,12 +141,10 @@ def plain_rounds(target, prompt, max_new_tokens, law, eos, generator):
     token, going = prompt[:, -1:], torch.ones_like(prompt[:, 0])
     for i in range(max_new_tokens):
         start = now()
-        if isinstance(generator, Noise):
-            generator.here = going.new_full((B,), T + i)
         logits, _ = target(token, cache)
         passed = now()
         probs = law(logits)
-        token = categorical(probs[:, 0], generator)[:, None]
+        token = categorical(probs[:, 0], generator, i)[:, None]
         seconds = {"draft": 0.0, "verify": passed - start, "rest": now() - passed}
         yield Round(token, going, torch.zeros_like(going), probs, probs[:, :0], seconds)
         if eos is not None:
@@ -265,23 +263,23 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     """
     n_accepted = torch.zeros_like(draft_tokens[:, 0])
     path, going, left_of_target = [n_accepted], n_accepted == 0, target_probs[:, 0]
-    first, n_level = 1, 1  # of the level below: its first node; of the level above: its size
+    above, first = 0, 1  # the first node of the level above, and of the one below
     for width in widths:
-        node, left = first + (path[-1] - (first - n_level)) * width, going  # the eldest child, and who has yet to accept one
-        for child in range(width):
-            if not left.any():
-                break
+        node, left = first + (path[-1] - above) * width, going  # the eldest child, and who has yet to accept one
+        for child in range(width if going.any() else 0):
             if child:
                 node = node + left
             draft_law = at(draft_probs, node - 1)
             left = left & ~bernoulli(ratio(left_of_target, draft_law, at(draft_tokens, node - 1)).clamp(max=1), generator)
-            if left.any():  # Not this one: what is left of the target's law is judged against the next sibling's.
-                left_of_target = torch.where(left[:, None], residual(left_of_target, draft_law), left_of_target)
+            if not left.any():
+                break
+            # Not this one: what is left of the target's law is judged against the next sibling's.
+            left_of_target = torch.where(left[:, None], residual(left_of_target, draft_law), left_of_target)
         going = going & ~left
         left_of_target = torch.where(going[:, None], at(target_probs, node), left_of_target)
         n_accepted = n_accepted + going
         path.append(node)
-        first, n_level = first + n_level * width, n_level * width
+        above, first = first, first + (first - above) * width
     return n_accepted, categorical(left_of_target, generator), torch.stack(path, 1)
 
 
@@ -329,9 +327,6 @@ class Drafter:
         self.seconds += now() - start
         return out
 
-    def keep(self, start, path):
-        """Of a tree whose root is at slot `start` (B,) keep the nodes on `path` (B, n)."""
-
     def commit(self, length, n_new, hidden):
         """n_new (B,) tokens now follow the first `length` (B,): forget what else was guessed.
 
@@ -377,9 +372,6 @@ class ModelDrafter(Drafter):
 
     def step(self, tokens, tree=None):
         return self.model(tokens, self.cache, tree)[0]
-
-    def keep(self, start, path):
-        self.cache.keep(start, path)
 
     def commit(self, length, n_new, hidden):
         self.cache.rollback(torch.minimum(length + n_new - 1, self.cache.length))
@@ -428,25 +420,21 @@ class HeadsDrafter(Drafter):
 
     def check(self, target, length):
         super().check(target, length)
-        ours, theirs = (self.heads.config.vocab_size, self.heads.c_state.in_features), (target.config.vocab_size, target_state_size(target.config))
-        if ours != theirs or self.heads.lm_head.weight.dtype != target.wte.weight.dtype:
-            shapes = f"{ours} {self.heads.lm_head.weight.dtype}, not {theirs} {target.wte.weight.dtype}"
-            raise ValueError(f"the heads are for a target of another shape, {shapes}; `python train_tiny.py --distill` trains new ones")
+        ours = f"{self.heads.config.vocab_size} x {self.heads.c_state.in_features} {self.heads.lm_head.weight.dtype}"
+        theirs = f"{target.config.vocab_size} x {target_state_size(target.config)} {target.wte.weight.dtype}"
+        if ours != theirs:
+            raise ValueError(f"heads for a target of another shape, {ours}, not {theirs}; `python train_tiny.py --distill` trains new ones")
 
     def start(self, prompt, max_length, hidden, target_cache):
         self.target_cache = target_cache
         self.cache = self.heads.new_cache(len(prompt), max_length)
         self.row = torch.arange(len(prompt), device=prompt.device)[:, None]
         states = target_states(hidden, target_cache, torch.zeros_like(prompt[:, 0]))
-        self.before = F.pad(states, (0, 0, 1, max_length - prompt.shape[1]))  # [:, t]: what the target knows before token t
-        self.heads(self.heads.c_state(self.before[:, : hidden.shape[1]]), prompt[:, :-1], self.cache)
+        self.before = self.heads.c_state(F.pad(states, (0, 0, 1, max_length - prompt.shape[1])))  # [:, t]: what is known before token t
+        self.heads(self.before[:, : hidden.shape[1]], prompt[:, :-1], self.cache)
 
     def begin(self, text, length):
-        def read(where):
-            return self.heads(self.heads.c_state(self.before[self.row, where]), text.gather(1, where), self.cache)
-
-        self.state = catch_up(self.cache, length, read)
-        self.survival = self.expected = torch.ones_like(self.state[:, 0, 0]) * self.going
+        self.state = catch_up(self.cache, length, lambda where: self.heads(self.before[self.row, where], text.gather(1, where), self.cache))
         return self.heads.lm_head(self.state)
 
     def step(self, tokens, tree=None):
@@ -457,6 +445,8 @@ class HeadsDrafter(Drafter):
     def go_on(self, n):
         if self.times is None:
             return True
+        if n == 0:
+            self.survival = self.expected = torch.ones_like(self.state[:, 0, 0]) * self.going
         # Rows of a batch share a pass, so they decide together; each by what it has guessed already.
         self.survival = self.survival * self.timed(self.heads.acceptance, self.state)[:, 0]  # a_1 .. a_(n+1)
         before, self.expected = self.expected, self.expected + self.survival
@@ -466,7 +456,7 @@ class HeadsDrafter(Drafter):
         # Guesses were read with the heads' own idea of the target's states. Those are known now, so what stays is read again.
         self.cache.rollback(torch.minimum(length, self.cache.length))
         where = length[:, None] + torch.arange(hidden.shape[1], device=length.device)
-        self.before[self.row, where] = target_states(hidden, self.target_cache, length - 1)
+        self.before[self.row, where] = self.heads.c_state(target_states(hidden, self.target_cache, length - 1))
 
 
 class TreeDrafter(Drafter):
@@ -493,11 +483,8 @@ class TreeDrafter(Drafter):
     def start(self, *args):
         self.drafter.start(*args)
 
-    def keep(self, start, path):
-        self.drafter.keep(start, path[:, :-1])  # nobody has read the last level
-
-    def commit(self, *args):
-        self.drafter.commit(*args)
+    def commit(self, length, n_new, hidden):
+        self.drafter.commit(length, torch.ones_like(n_new), hidden)  # its cache keeps nothing of the tree: the path is read again
 
     def propose(self, text, length, k, law, generator):
         self.widths = self.shape[:k]
@@ -543,8 +530,8 @@ def ancestors(widths, device):
 def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eos, generator):
     """Decode with any drafter and any rule. Rows of a batch go at their own pace; a row that has ended has no room left.
 
-    After each round both caches hold prompt and output but for the newest token, and nothing else can be seen. (That of draft
-    heads holds less: they read the round's tokens again, with the target's states.)
+    After each round both caches hold prompt and output but for the newest token, and nothing else can be seen. (The drafter's may
+    hold less, as after a full acceptance, or a tree, or where heads read with the target's states: `catch_up` reads the rest.)
     k: an int, or something that chooses one before each round, like `AutoK`.
     """
     B, T = prompt.shape
@@ -559,7 +546,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
     while (most := (room := end - length).max().item()) > 0:
         start, drafting = now(), drafter.seconds
         if isinstance(generator, Noise):
-            generator.here = length
+            generator.here = length - T
         drafter.going = room > 0
 
         # 1. Guess. The rule adds one token, so no row has room for more than most - 1 guesses.
@@ -580,7 +567,6 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         else:
             n_accepted, next_token, path = verify_tree(target_probs, draft_probs, draft_tokens, drafter.widths, generator)
             cache.keep(length - 1, path)
-            drafter.keep(length - 1, path)
             draft_tokens, draft_probs = draft_tokens[row, path[:, 1:] - 1], draft_probs[row, path[:, 1:] - 1]
             target_probs, hidden = target_probs[row, path], hidden[row, path]
 
@@ -589,10 +575,9 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         tokens = torch.cat((draft_tokens, next_token[:, None]), 1).scatter_(1, n_accepted[:, None], next_token[:, None])
         n_new = torch.minimum(n_accepted + 1, room)
         if eos is not None:
-            is_eos = (tokens == eos) & (step[:, : n + 1] < n_new[:, None])
-            ends = is_eos.any(1)
-            n_new = torch.where(ends, is_eos.long().argmax(1) + 1, n_new)
-            end = torch.where(ends, length + n_new, end)
+            before_eos = leading(tokens != eos)
+            end = torch.where(before_eos < n_new, length + before_eos + 1, end)
+            n_new = torch.minimum(n_new, before_eos + 1)
         text.scatter_(1, length[:, None] + step[:, : n + 1], tokens)
         drafter.commit(length, n_new, hidden)
         length = length + n_new
@@ -616,23 +601,22 @@ class Stats:
     accepted: int = 0
     emitted: int = 0
     overlap: float = 0.0  # sum over the evaluated of sum_v min(target_probs, draft_probs)
-    seconds: dict = field(default_factory=lambda: {"draft": 0.0, "verify": 0.0, "rest": 0.0})
+    seconds: Counter = field(default_factory=Counter)  # as in `Round`
     sizes: Counter = field(default_factory=Counter)  # {tokens per row in a pass: number of passes}
 
     def add(self, r):
-        guessed = r.n_guessed
-        judged = torch.minimum(r.n_accepted + (r.n_accepted < guessed), r.n_new)
+        n_guessed = r.n_guessed
+        judged = torch.minimum(r.n_accepted + (r.n_accepted < n_guessed), r.n_new)
         overlap = torch.minimum(r.target_probs[:, : r.draft_probs.shape[1]], r.draft_probs).sum(-1)
         self.passes += 1
         self.sizes[r.size] += 1
         self.rounds += (r.n_new > 0).sum().item()
-        self.drafted += guessed.sum().item()
+        self.drafted += n_guessed.sum().item()
         self.evaluated += judged.sum().item()
         self.accepted += torch.minimum(r.n_accepted, r.n_new).sum().item()
         self.emitted += r.n_new.sum().item()
         self.overlap += overlap[torch.arange(overlap.shape[1], device=overlap.device) < judged[:, None]].sum().item()
-        for part in self.seconds:
-            self.seconds[part] += r.seconds[part]
+        self.seconds.update(r.seconds)
 
     @property
     def acceptance_rate(self):
@@ -654,7 +638,7 @@ class Stats:
 
     @property
     def tokens_per_second(self):
-        return self.emitted / sum(self.seconds.values())
+        return self.emitted / (sum(self.seconds.values()) or 1)
 
 
 def expected_tokens(alpha, k):
@@ -676,8 +660,6 @@ class FixedK:
     """The same k in every round."""
 
     def __init__(self, k):
-        if k < 0:
-            raise ValueError(f"k is {k}; it cannot be negative")
         self.most = k
 
     def choose(self, room):
@@ -746,9 +728,8 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
     from the system. With rule="coupled" the output is, up to rounding, the same for every drafter, every k, and for None.
     ValueError: an argument is out of range, does not fit the target, or prompt and budget exceed a block_size.
     """
-    passes = rounds(target, prompt, max_new_tokens, drafter, k, rule, temperature, top_k, top_p, eos, seed)
     result = Result([[] for _ in torch.atleast_2d(torch.as_tensor(prompt))], Stats())
-    for r in passes:
+    for r in rounds(target, prompt, max_new_tokens, drafter, k, rule, temperature, top_k, top_p, eos, seed):
         result.stats.add(r)
         for row, tokens, n in zip(result.tokens, r.tokens.tolist(), r.n_new.tolist()):
             row.extend(tokens[:n])
@@ -783,7 +764,7 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
     generator = torch.Generator(prompt.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     if rule == "coupled":
-        generator = Noise(generator, len(prompt), length, target.config.vocab_size)
+        generator = Noise(generator, len(prompt), max_new_tokens, c.vocab_size)
     if drafter is None:
         return plain_rounds(target, prompt, max_new_tokens, law, eos, generator)
     drafter.check(target, length)
@@ -838,7 +819,7 @@ PROMPTS = (
     "class Stack:\n    \"\"\"A last-in, first-out container.\"\"\"\n\n    def __init__(self):\n",
     "class TestParser(unittest.TestCase):\n\n    def test_empty(self):\n        self.assertEqual(",
 )
-REPEATING = "".join(f"    def test_{x}(self):\n        self.assertEqual(parse('{x}'), '{x}')\n\n" for x in ("red", "green", "blue", "black"))
+REPEATING = "".join(f"    def test_{x}(self):\n        self.assertEqual(parse('{x}'), '{x}')\n\n" for x in "red green blue black".split())
 
 
 class Parser(argparse.ArgumentParser):
@@ -900,7 +881,7 @@ def race(targets, choices, n, turns):
     return time_calls(calls, turns, lambda times: statistics.quantiles(times, n=4)[0])
 
 
-def tell(passes, encoding, prompt=""):
+def tell(story, encoding, prompt=""):
     """Print prompt and the first row of its continuation as it comes, each token marked by its origin. Returns the Stats."""
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         marks = {"accepted guess": ("\033[32m", "\033[0m"), "correction": ("\033[31m", "\033[0m"), "bonus": ("\033[36m", "\033[0m")}
@@ -910,7 +891,7 @@ def tell(passes, encoding, prompt=""):
     print(prompt, end="")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     stats = Stats()
-    for r in passes:
+    for r in story:
         stats.add(r)
         last = "bonus" if r.n_accepted[0] == r.n_guessed[0] else "correction"  # without any guess: a bonus
         for i, token in enumerate(r.tokens[0, : r.n_new[0]].tolist()):
@@ -1008,23 +989,23 @@ def print_table(target, rows, prompts, max_new_tokens, title, **options):
     stats, speed_ups, times = compare(target, rows, prompts, max_new_tokens, **options)
     plain, *others = stats
     speeds = {name: s.tokens_per_second for name, s in stats.items()}
-    exact = [name for name in others if "lossy" not in rows[name][2]]
-    best = max(exact, key=speeds.get, default=None)
+    best = max((name for name in stats if "lossy" not in rows[name][2]), key=speeds.get, default=None)
     print(f"{title:26} tokens/s  speed-up         predicted  alpha        tau   draft  verify   rest")
     for name, s in stats.items():
         label = name + " (NOT the target's law)" * ("lossy" in rows[name][2] and name != plain)
         shares = "  ".join(f"{part / sum(s.seconds.values()):6.1%}" for part in s.seconds.values())
         columns = f"1{'':40}"
         if name != plain:
-            low, _, high = statistics.quantiles(speed_ups[name], n=4) if len(speed_ups[name]) > 1 else speed_ups[name] * 3
+            low, _, high = statistics.quantiles(speed_ups[name], n=4, method="inclusive") if len(speed_ups[name]) > 1 else speed_ups[name] * 3
             chain = rows[name][2] == "rejection" and not isinstance(rows[name][0], TreeDrafter)
             laws = f"{s.expected_acceptance_rate:.3f}" if chain else "  -  "
             columns = f"{speeds[name] / speeds[plain]:.2f} ({low:.2f}-{high:.2f}) {predict(s, times, len(prompts[0]))[0]:9.2f}"
             columns += f"  {s.acceptance_rate:.3f} {laws}"
         print(f"{'*' if name == best else ' '} {label:24} {speeds[name]:8.0f}  {columns}  {s.tokens_per_pass:.2f}  {shares}")
     if others:
-        _, tau, cost, draft, rest = (1000 * x for x in predict(stats[others[0]], times, len(prompts[0])))
-        print(f"  {others[0]}: predicted {tau / 1000:.2f} x {1000 * times[1]:.2f} ms / ({cost:.2f} + {draft:.2f} + {rest:.2f} ms)\n")
+        _, tau, *per_pass = predict(stats[others[0]], times, len(prompts[0]))
+        costs = " + ".join(f"{1000 * t:.2f}" for t in per_pass)
+        print(f"  {others[0]}: predicted {tau:.2f} x {1000 * times[1]:.2f} ms / ({costs} ms)\n")
 
 
 def same_text(target, drafter, prompt, max_new_tokens, k, encoding, seed, temperature, **options):
@@ -1036,8 +1017,8 @@ def same_text(target, drafter, prompt, max_new_tokens, k, encoding, seed, temper
         return f"coupled rule, seed {seed}: {len(one)} tokens, identical text to plain decoding with that seed"
     a, b = one[first], other[first]
     logits = target(torch.cat((prompt[0], prompt.new_tensor(one[:first])))[None])[0][0, -1].double()
-    noise = Noise(torch.Generator(prompt.device).manual_seed(seed), 1, prompt.shape[1] + max_new_tokens, len(logits))
-    score = logits / temperature - (-noise.table[prompt.shape[1] + first, 0]).log() if temperature else logits  # log P + Gumbel noise
+    noise = Noise(torch.Generator(prompt.device).manual_seed(seed), 1, max_new_tokens, len(logits))
+    score = logits / temperature - (-noise.table[first, 0]).log() if temperature else logits  # log P + Gumbel noise
     words, margin = f"{encoding.decode([a])!r} or {encoding.decode([b])!r}", abs(score[a] - score[b]).item()
     why = f"the race was decided by {margin:.1e},\nand a pass over more tokens rounds differently"
     return f"coupled rule, seed {seed}: the texts part at token {first}, {words}: {why}"
@@ -1124,7 +1105,7 @@ def check(target, rows, encoding, prompt, seed, n_samples=10_000, B=500, level=1
 def sweep(target, draft, rows, prompts, max_new_tokens, **options):
     """Print what a pass costs, the floor that memory sets, and the speed-up against k and against batch size, as text plots."""
     models, length = {"target": target, "draft": draft}, len(prompts[0][0]) + max_new_tokens // 2
-    print("milliseconds of a pass over n tokens, and in passes over one token")
+    print("\nmilliseconds of a pass over n tokens, and in passes over one token")
     times = {name: pass_times(model, 1, length, 15) for name, model in models.items()}
     for n in range(1, 17):
         print(f"  n = {n:2}   " + "   ".join(f"{name} {1000 * t[n - 1]:6.2f} ({t[n - 1] / t[0]:.2f})" for name, t in times.items()))
@@ -1144,13 +1125,13 @@ def sweep(target, draft, rows, prompts, max_new_tokens, **options):
         contest = {f"k = {k}": (drafter, k, rule) for k in (1, 2, 3, 4, 5, 6, 8)} | {"k=auto": (drafter, "auto", rule)}
         plot(target, {"plain": plain} | contest, prompts, max_new_tokens, seconds=0, **options)
     print(f"speed-up against batch size: {name}, {rule} rule (# measured, | predicted)")
-    pays = 0
+    pays = []
     for B in (1, 2, 4, 8, 16, 32):
         contest = {"plain": plain, f"B = {B:2}": (drafter, k, rule)}
         contest |= {} if tree or k == "auto" else {"  k=auto": (drafter, "auto", rule)}
         speed_up = plot(target, contest, [p[:1].expand(B, -1) for p in prompts[:2]], max_new_tokens, seconds=0, **options)
-        pays = B if speed_up >= 1 else pays
-    print(f"speculation pays up to batch size {pays}, and loses beyond" if pays < B else "speculation pays at every batch size tried")
+        pays += [B] * (speed_up >= 1)
+    print(f"speculation pays at batch size {', '.join(map(str, pays)) or 'none of these'}")
 
 
 def plot(target, contest, prompts, max_new_tokens, **options):
@@ -1187,7 +1168,7 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows decoded at once (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by a short race in plain decoding; within 15%%, by one over 5 tokens")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by a short race in plain decoding")
     parser.add_argument("--threads", type=int, metavar="N", help="of the processor (default: 1, 2, 4, .., chosen in the same race)")
     parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="the folder of large.pt, tiny.pt, heads.pt")
     face = parser.add_mutually_exclusive_group()
@@ -1208,9 +1189,8 @@ def main(argv=None):
         if device.type == "cpu" and not threads:
             threads = sorted({2**i for i in range(most.bit_length())} | {most})
         target, draft, encoding = load_pair(args.checkpoints, device, dtype, threads)
-        heads = None
-        if args.drafter == "heads" or args.drafter != "ngram" and (args.checkpoints / "heads.pt").exists():
-            heads = load_heads(args.checkpoints / "heads.pt", target)
+        wanted = args.drafter == "heads" or args.drafter != "ngram" and (args.checkpoints / "heads.pt").exists()
+        heads = load_heads(args.checkpoints / "heads.pt", target) if wanted else []
         texts = (args.prompt,) if args.prompt is not None else ("for i in ",) if args.check else PROMPTS
         texts += (REPEATING,) * (texts is PROMPTS and args.drafter in (None, "ngram") and not args.sweep)
         prompts = [torch.tensor([encoding.encode_ordinary(text)] * args.batch, device=device) for text in texts]
@@ -1220,7 +1200,7 @@ def main(argv=None):
         for prompt in prompts:  # refuses what cannot be decoded
             for drafter, k, rule in rows.values():
                 some_k = 1 if k == "auto" else k  # without measuring anything yet
-                rounds(target, prompt, args.max_new_tokens, drafter, some_k, rule, temperature=temperatures[0], **options)
+                rounds(target, prompt, 5 if args.check else args.max_new_tokens, drafter, some_k, rule, temperature=temperatures[0], **options)
         repeating = prompts.pop() if REPEATING in texts else None
     except FileNotFoundError as error:
         parser.error(f"{error.filename} is missing; `python train_tiny.py` makes it")
@@ -1231,19 +1211,17 @@ def main(argv=None):
     if args.check:
         sys.exit(not check(target, rows, encoding, prompts[0][0], temperature=temperatures[0], **options))
 
-    models = [("large.pt, the target:", target), ("tiny.pt, the draft:", draft)] + [("heads.pt, draft heads:", h) for h in (heads or [])[:1]]
+    models = [("large.pt, the target:", target), ("tiny.pt, the draft:", draft)] + [("heads.pt, draft heads:", h) for h in heads[:1]]
     where = f"{device}, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else f"{device}"
     for name, model in models:
         shape = f"{model.config.n_layer} x {model.config.n_embd}"
         weights, dtype = sum(w.numel() for w in model.parameters()), model.h[0].mlp.c_fc.weight.dtype
         print(f"{name:22} {weights:10,} weights in {shape}, {str(dtype)[6:]} on {where}")
     if args.sweep:
-        print()
-        sweep(target, draft, rows, prompts, args.max_new_tokens, temperature=temperatures[0], **options)
-        return
+        return sweep(target, draft, rows, prompts, args.max_new_tokens, temperature=temperatures[0], **options)
     print(f"\nThe prompt, then up to {args.max_new_tokens} new tokens, each marked by where it comes from:")
     options_1 = {"temperature": temperatures[0], **options}
-    story = rounds(target, prompts[0], args.max_new_tokens, drafter, k, rule, eos=encoding.eot_token, **options_1)
+    story = rounds(target, prompts[0][:1], args.max_new_tokens, drafter, k, rule, eos=encoding.eot_token, **options_1)
     stats = tell(story, encoding, texts[0])
     print(f"\n{stats.emitted} tokens in {stats.rounds} passes of the target.\n")
     if rule == "coupled" or "  coupled rule" in rows:

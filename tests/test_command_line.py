@@ -213,6 +213,7 @@ def test_batch_dtype_and_filters(pair, capsys):
     specdec.main(["--checkpoints", str(pair), "--max-new-tokens", "5", "--prompt", "x", *options])
     out = capsys.readouterr().out
     assert "bfloat16 on cpu" in out and "draft model, k=4" in out
+    assert "\n5 tokens in " in out  # the story is one row's
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,7 @@ def test_batch_dtype_and_filters(pair, capsys):
         (["--seed", "-1"], "seed is -1"),
         (["--seed", str(2**70)], "seed is"),
         (["--max-new-tokens", "256"], "block_size is 256"),
+        (["--check", "--prompt", "\x01" * 253, "--max-new-tokens", "1"], "block_size is 256"),
         (["--batch", "0"], "--batch and --threads must be at least 1"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--threads", "100000"], "--threads is 100000; this machine has"),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import fresh_logits, fresh_states, heads_logits, make_gpt, make_heads
-from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, rounds
+from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds
 from test_kvcache import poison
 
 MODEL = make_gpt(2)
@@ -156,6 +156,12 @@ def test_heads_guess_from_the_targets_states(markov, n_layer, n_state):
         poison(drafter.cache)
 
 
+def test_heads_may_guess_for_a_batch_and_then_in_a_tree_for_another():
+    drafter = HeadsDrafter(make_heads(0, 7, 16))
+    for rows, outer in ((2, drafter), (3, TreeDrafter(drafter, (2, 2)))):
+        assert generate(MODEL, torch.tensor([[3, 1, 4]] * rows), 5, drafter=outer, seed=0).stats.emitted == 5 * rows
+
+
 def test_heads_see_the_states_of_the_path_that_was_accepted():
     """Of a tree, too: they are taken once the target's cache is in order. (Otherwise the guesses are worse, and nothing else.)"""
     tree, texts, depths = TreeDrafter(HeadsDrafter(make_heads(0, 7, 16)), (2, 2)), [[3, 1, 4], [0, 2, 6]], set()
@@ -163,7 +169,7 @@ def test_heads_see_the_states_of_the_path_that_was_accepted():
         depths.update(r.n_accepted.tolist())
         for b, text in enumerate(texts):
             text += r.tokens[b, : r.n_new[b]].tolist()
-            expected = fresh_states(MODEL, torch.tensor([text]))[0, :-1]
+            expected = tree.drafter.heads.c_state(fresh_states(MODEL, torch.tensor([text]))[0, :-1])
             torch.testing.assert_close(tree.drafter.before[b, 1 : len(text)], expected, rtol=0, atol=1e-10)
     assert {0, 2} <= depths
 
