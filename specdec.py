@@ -430,11 +430,14 @@ class HeadsDrafter(Drafter):
         self.cache = self.heads.new_cache(len(prompt), max_length)
         self.row = torch.arange(len(prompt), device=prompt.device)[:, None]
         states = target_states(hidden, target_cache, torch.zeros_like(prompt[:, 0]))
-        self.before = self.heads.c_state(F.pad(states, (0, 0, 1, max_length - prompt.shape[1])))  # [:, t]: what is known before token t
-        self.heads(self.before[:, : hidden.shape[1]], prompt[:, :-1], self.cache)
+        self.before = F.pad(states, (0, 0, 1, max_length - prompt.shape[1]))  # [:, t]: what the target knows before token t
+        self.heads(self.heads.c_state(self.before[:, : hidden.shape[1]]), prompt[:, :-1], self.cache)
 
     def begin(self, text, length):
-        self.state = catch_up(self.cache, length, lambda where: self.heads(self.before[self.row, where], text.gather(1, where), self.cache))
+        def read(where):
+            return self.heads(self.heads.c_state(self.before[self.row, where]), text.gather(1, where), self.cache)
+
+        self.state = catch_up(self.cache, length, read)
         return self.heads.lm_head(self.state)
 
     def step(self, tokens, tree=None):
@@ -456,7 +459,7 @@ class HeadsDrafter(Drafter):
         # Guesses were read with the heads' own idea of the target's states. Those are known now, so what stays is read again.
         self.cache.rollback(torch.minimum(length, self.cache.length))
         where = length[:, None] + torch.arange(hidden.shape[1], device=length.device)
-        self.before[self.row, where] = self.heads.c_state(target_states(hidden, self.target_cache, length - 1))
+        self.before[self.row, where] = target_states(hidden, self.target_cache, length - 1)
 
 
 class TreeDrafter(Drafter):
@@ -689,23 +692,24 @@ class AutoK(FixedK):
 
     def choose(self, room):
         alpha, unlucky = self.accepted / self.evaluated, math.sqrt(2 * math.log((room > 0).sum().item()))
-        most = room.max().item()
+        most, more = room.max().item(), [alpha**i for i in range(self.most + 1)]  # P(N > i), N tokens in a round of i or more guesses
 
         def seconds(k):
-            tau = expected_tokens(alpha, k)
-            # tokens N of a round: P(N > i) = alpha^i for i <= k, and E[N^2] = sum (2i + 1) P(N > i)
-            variance = sum((2 * i + 1) * alpha**i for i in range(k + 1)) - tau**2
+            tau = sum(more[: k + 1])
+            variance = sum((2 * i + 1) * chance for i, chance in enumerate(more[: k + 1])) - tau**2  # E N^2 = sum (2i + 1) P(N > i)
             n_rounds = most / tau + unlucky * math.sqrt(most / tau * max(0, variance)) / tau
             return n_rounds * (self.times[k] + k * self.guess + self.rest if k else 0.95 * self.times[0])
 
         return min(range(self.most + 1), key=seconds)
 
     def add(self, r):
-        n_guessed = r.n_guessed
-        accepted = torch.minimum(r.n_accepted, n_guessed)
-        self.accepted += 0.05 * (3.0 - self.accepted) + accepted.sum().item()
-        self.evaluated += 0.05 * (5.0 - self.evaluated) + (accepted + (r.n_accepted < n_guessed)).sum().item()
+        self.accepted += 0.05 * (3.0 - self.accepted)
+        self.evaluated += 0.05 * (5.0 - self.evaluated)
         if r.size > 1:
+            n_guessed = r.n_guessed
+            accepted = torch.minimum(r.n_accepted, n_guessed)
+            self.accepted += accepted.sum().item()
+            self.evaluated += (accepted + (r.n_accepted < n_guessed)).sum().item()
             self.n += 1
             rate = max(0.1, 1 / self.n)  # a mean at first, and then of the last ten rounds or so
             self.guess += rate * (r.seconds["draft"] / (r.size - 1) - self.guess)
@@ -865,7 +869,7 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
 
 
 def race(targets, choices, n, turns):
-    """{(dtype, threads): seconds of three passes over n tokens}: the lower quartile.
+    """{(dtype, threads): seconds of two passes over n tokens}: the lower quartile.
 
     What others do on the machine can only add to a time. But the very least is luck: on a busy machine it varied by 7%, the
     quartile by 4%.
@@ -873,8 +877,8 @@ def race(targets, choices, n, turns):
 
     def run(one_pass, threads):
         torch.set_num_threads(threads)
-        for _ in range(3):
-            one_pass()
+        one_pass()
+        one_pass()
 
     one_pass = {dtype: passes(targets[dtype][0], 1, 64, n)[n] for dtype in {dtype for dtype, _ in choices}}
     calls = {(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}

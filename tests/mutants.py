@@ -277,7 +277,7 @@ CATALOGUE = [
     Mutant("P7c", "auto: a draw is enough to go on guessing", "-", "specdec.py", "0.95 * self.times[0]", "self.times[0]", "decoding -k auto"),
     Mutant("P7b", "auto: the slowest row of a batch is forgotten", "-", "specdec.py", "math.sqrt(2 * math.log((room > 0).sum().item()))", "0", "decoding -k auto"),
     Mutant("P8", "auto: the past never fades", "-", "specdec.py",
-           "self.evaluated += 0.05 * (5.0 - self.evaluated) +", "self.evaluated +=", "decoding"),
+           "        self.evaluated += 0.05 * (5.0 - self.evaluated)\n", "", "decoding"),
     # -- K: numbers
     Mutant("K2", "an empty residual is divided by zero", "youssofal/MTPLX#82", "specdec.py",
            'torch.where(mass > 0, left / mass,',
