@@ -139,15 +139,14 @@ class GPT(nn.Module):
         return KVCache(c.n_layer, batch_size, c.n_head, max_length or c.block_size, c.n_embd // c.n_head, weight.device, weight.dtype)
 
 
-def target_states(hidden, cache, start):
-    """What draft heads see of a target that has read T tokens, from slot start (B,) of its cache on: (B, T, n_state).
+def target_states(hidden, cache, slots):
+    """What draft heads see of a target at the tokens in these slots (B, T) of its cache: (B, T, n_state).
 
-    The last hidden state, (B, T, D), and beside it the attention's values in the layers at one and two thirds of the depth.
+    The last hidden state there, (B, T, D), and beside it the attention's values in the layers at one and two thirds of the depth.
     The last state is made to tell the next token; layers below know more of what led to it. EAGLE-3 (Li et al. 2025, arXiv
     2503.01840) takes their hidden states for that. The values are those behind a LayerNorm and a matrix, and there already.
     """
-    row = torch.arange(len(start), device=start.device)[:, None]
-    slots = start[:, None] + torch.arange(hidden.shape[1], device=start.device)
+    row = torch.arange(len(slots), device=slots.device)[:, None]
     return torch.cat((hidden, cache.v[_thirds(len(cache.v))][:, row, :, slots].flatten(2)), -1)
 
 

@@ -429,15 +429,16 @@ class HeadsDrafter(Drafter):
         self.target_cache = target_cache
         self.cache = self.heads.new_cache(len(prompt), max_length)
         self.row = torch.arange(len(prompt), device=prompt.device)[:, None]
-        states = target_states(hidden, target_cache, torch.zeros_like(prompt[:, 0]))
-        self.before = F.pad(states, (0, 0, 1, max_length - prompt.shape[1]))  # [:, t]: what the target knows before token t
-        self.heads(self.heads.c_state(self.before[:, : hidden.shape[1]]), prompt[:, :-1], self.cache)
+        self.hidden = F.pad(hidden, (0, 0, 1, max_length - prompt.shape[1]))  # [:, t]: the target's last hidden state before token t
+        self.read(prompt, torch.arange(prompt.shape[1] - 1, device=prompt.device).expand(len(prompt), -1))
+
+    def read(self, text, where):
+        """Read the tokens of text at `where` (B, n), each with what the target knew before it; before the first it knew nothing."""
+        states = target_states(self.hidden[self.row, where], self.target_cache, where - 1).where(where[..., None] > 0, 0)
+        return self.heads(self.heads.c_state(states), text.gather(1, where), self.cache)
 
     def begin(self, text, length):
-        def read(where):
-            return self.heads(self.heads.c_state(self.before[self.row, where]), text.gather(1, where), self.cache)
-
-        self.state = catch_up(self.cache, length, read)
+        self.state = catch_up(self.cache, length, functools.partial(self.read, text))
         return self.heads.lm_head(self.state)
 
     def step(self, tokens, tree=None):
@@ -459,7 +460,7 @@ class HeadsDrafter(Drafter):
         # Guesses were read with the heads' own idea of the target's states. Those are known now, so what stays is read again.
         self.cache.rollback(torch.minimum(length, self.cache.length))
         where = length[:, None] + torch.arange(hidden.shape[1], device=length.device)
-        self.before[self.row, where] = target_states(hidden, self.target_cache, length - 1)
+        self.hidden[self.row, where] = hidden
 
 
 class TreeDrafter(Drafter):
@@ -688,7 +689,8 @@ class AutoK(FixedK):
     def __init__(self, times):
         super().__init__(len(times) - 1)
         self.times = times
-        self.accepted, self.evaluated, self.guess, self.rest, self.n = 3.0, 5.0, times[0] / 10, times[0] / 10, 0
+        # What is believed before anything is known, as if five guesses, and the costs of two rounds, had been seen.
+        self.accepted, self.evaluated, self.guess, self.rest, self.n = 3.0, 5.0, times[0] / 10, times[0] / 10, 2
 
     def choose(self, room):
         alpha, unlucky = self.accepted / self.evaluated, math.sqrt(2 * math.log((room > 0).sum().item()))

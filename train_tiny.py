@@ -344,7 +344,7 @@ def read(large, texts, autocast):
         for some, out in zip(texts.split(4), states.split(4)):
             some, cache = some.long().to(large.wte.weight.device), large.new_cache(len(some))
             _, hidden = large(some, cache)
-            out[:] = target_states(hidden, cache, torch.zeros_like(some[:, 0]))
+            out[:] = target_states(hidden, cache, torch.arange(some.shape[1], device=some.device).expand_as(some))
     return states
 
 

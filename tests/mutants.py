@@ -249,8 +249,8 @@ CATALOGUE = [
            "root = self.length[:, None] + T - M", "root = self.length.max().expand_as(self.length)[:, None] + T - M", "tree"),
     # -- P: heads
     Mutant("P1", "heads read each token with the state after it", "-", "specdec.py",
-           "self.before[self.row, where] = ", "self.before[self.row, where - 1] = ", "drafter"),
-    Mutant("P1d", "heads see the values of the token after", "-", "specdec.py", "self.target_cache, length - 1)", "self.target_cache, length)", "drafter"),
+           "self.hidden[self.row, where] = ", "self.hidden[self.row, where - 1] = ", "drafter"),
+    Mutant("P1d", "heads see the values of the token after", "-", "specdec.py", "self.target_cache, where - 1)", "self.target_cache, where)", "drafter"),
     Mutant("P1e", "heads see layers that they were not trained on", "-", "model.py", "return slice(third, None, third)", "return slice(third - 1, n_layer - 1, third)", "drafter"),
     Mutant("P1f", "heads see the states of a tree before its path is known", "-", "specdec.py", "target_probs[row, path], hidden[row, path]", "target_probs[row, path], hidden", "drafter"),
     Mutant("P1b", "heads keep what they read with states of their own", "-", "specdec.py",
@@ -276,6 +276,7 @@ CATALOGUE = [
     Mutant("P7", "auto: plain decoding is no choice", "-", "specdec.py", "return min(range(self.most + 1), key=seconds)", "return min(range(1, self.most + 1), key=seconds)", "decoding"),
     Mutant("P7c", "auto: a draw is enough to go on guessing", "-", "specdec.py", "0.95 * self.times[0]", "self.times[0]", "decoding -k auto"),
     Mutant("P7b", "auto: the slowest row of a batch is forgotten", "-", "specdec.py", "math.sqrt(2 * math.log((room > 0).sum().item()))", "0", "decoding -k auto"),
+    Mutant("P8b", "auto: the first guess tells the price of all", "-", "specdec.py", "times[0] / 10, times[0] / 10, 2", "times[0] / 10, times[0] / 10, 0", "decoding -k slow"),
     Mutant("P8", "auto: the past never fades", "-", "specdec.py",
            "        self.evaluated += 0.05 * (5.0 - self.evaluated)\n", "", "decoding"),
     # -- K: numbers

@@ -312,6 +312,14 @@ def test_auto_k_learns_from_the_rounds_behind():
         assert 0 < k.guess < 0.1 and k.rest > 0
 
 
+def test_one_slow_guess_does_not_end_guessing():
+    """The first guess finds all caches cold. Were its cost believed at once, there would never be another to correct it."""
+    k, r = AutoK([1.0] * 7), next(rounds(TARGET, PROMPT, 5, ModelDrafter(DRAFT), 1, seed=0))
+    r.seconds = {"draft": 0.6, "verify": 1.0, "rest": 0.1}
+    k.add(r)
+    assert k.choose(ONE_ROW) > 0
+
+
 def test_auto_k_tries_again_after_a_while():
     """Without new guesses alpha drifts back to where it started."""
     k = auto([1.0] * 7, 0.1, 0, 0, 50)

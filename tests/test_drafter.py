@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import fresh_logits, fresh_states, heads_logits, make_gpt, make_heads
+from conftest import fresh_logits, heads_logits, make_gpt, make_heads
 from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds
 from test_kvcache import poison
 
@@ -163,14 +163,14 @@ def test_heads_may_guess_for_a_batch_and_then_in_a_tree_for_another():
 
 
 def test_heads_see_the_states_of_the_path_that_was_accepted():
-    """Of a tree, too: they are taken once the target's cache is in order. (Otherwise the guesses are worse, and nothing else.)"""
+    """Of a tree, too. (Otherwise the guesses are worse, and nothing else. The values lie in the target's cache: see test_tree.py.)"""
     tree, texts, depths = TreeDrafter(HeadsDrafter(make_heads(0, 7, 16)), (2, 2)), [[3, 1, 4], [0, 2, 6]], set()
     for r in rounds(MODEL, torch.tensor(texts), 25, tree, seed=2):
         depths.update(r.n_accepted.tolist())
         for b, text in enumerate(texts):
             text += r.tokens[b, : r.n_new[b]].tolist()
-            expected = fresh_states(MODEL, torch.tensor([text]))[0, :-1]
-            torch.testing.assert_close(tree.drafter.before[b, 1 : len(text)], expected, rtol=0, atol=1e-10)
+            expected = MODEL(torch.tensor([text]))[1][0, :-1]
+            torch.testing.assert_close(tree.drafter.hidden[b, 1 : len(text)], expected, rtol=0, atol=1e-10)
     assert {0, 2} <= depths
 
 
