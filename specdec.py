@@ -24,6 +24,7 @@ import argparse
 import codecs
 import functools
 import math
+import operator
 import os
 import signal
 import statistics
@@ -847,7 +848,7 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
     """-> target, draft, encoding. dtype None: by a short race in plain decoding.
 
     threads: numbers of threads to choose among in the same race (PyTorch is set to the winner); none: as many as there are. On
-    a shared machine a race cannot tell 15% apart: among those that are so close, the fewest threads are taken, and then a pass
+    a shared machine a race cannot tell 20% apart: among those that are so close, the fewest threads are taken, and then a pass
     over five tokens decides. The draft is in float32 where the target is in float16: it is too small to gain by that.
     OSError, ValueError: as `load_checkpoint`; or the two have different tokenizers.
     """
@@ -856,12 +857,12 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
     targets = {d: load_checkpoint(folder / "large.pt", device, d) for d in dtypes}
     choices = [(d, n) for d in dtypes for n in threads or (torch.get_num_threads(),)]
     if len(choices) > 1:
-        for turns, close in (3, 1.5), (20, 1.15):  # a heat, which bfloat16 survives on few processors, and the race
-            seconds = race(targets, choices, 1, turns)
-            choices = [choice for choice in choices if seconds[choice] < close * min(seconds.values())]
+        for turns, close in (3, 1.5), (20, 1.2):  # a heat, which bfloat16 survives on few processors, and the race
+            cost = race(targets, choices, 1, turns)
+            choices = [choice for choice in choices if cost[choice] < close * min(cost.values())]
         choices = [(d, n) for d, n in choices if n == min(n for _, n in choices)]
-    seconds = race(targets, choices, 5, 15) if len(choices) > 1 else {choices[0]: 0}
-    dtype, n_threads = min(seconds, key=seconds.get)
+    cost = race(targets, choices, 5, 15) if len(choices) > 1 else {choices[0]: 1}
+    dtype, n_threads = min(cost, key=cost.get)
     torch.set_num_threads(n_threads)
     target, encoding = targets[dtype]
     draft, other = load_checkpoint(folder / "tiny.pt", device, target.wte.weight.dtype)
@@ -871,10 +872,9 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
 
 
 def race(targets, choices, n, turns):
-    """{(dtype, threads): seconds of two passes over n tokens}: the lower quartile.
+    """{(dtype, threads): time of a pass over n tokens, in that of the first choice}: the median of the turns.
 
-    What others do on the machine can only add to a time. But the very least is luck: on a busy machine it varied by 7%, the
-    quartile by 4%.
+    What disturbs a turn disturbs all who run in it: so ratios within a turn vary less than times do.
     """
 
     def run(one_pass, threads):
@@ -884,7 +884,8 @@ def race(targets, choices, n, turns):
 
     one_pass = {dtype: passes(targets[dtype][0], 1, 64, n)[n] for dtype in {dtype for dtype, _ in choices}}
     calls = {(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}
-    return time_calls(calls, turns, lambda times: statistics.quantiles(times, n=4)[0])
+    first, *_ = times = time_calls(calls, turns, list)
+    return {choice: statistics.median(map(operator.truediv, times[choice], times[first])) for choice in choices}
 
 
 def tell(story, encoding, prompt=""):

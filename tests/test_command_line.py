@@ -178,15 +178,15 @@ def test_output_is_marked_by_origin(pair, capsys, monkeypatch, terminal, no_colo
 
 
 def test_the_race_for_the_baseline(pair, monkeypatch):
-    """Plain decoding decides; a pass over five tokens does where that is within 15%."""
+    """Plain decoding decides; a pass over five tokens does where that is within 20%."""
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     if not has_float16():
         f16 = bf16
     for one, five, winner in (
-        ({f32: 1.0, bf16: 1.2, f16: 1.2}, {}, f32),
-        ({f32: 1.2, bf16: 1.0, f16: 1.2}, {}, bf16),
-        ({f32: 1.0, bf16: 1.2, f16: 1.05}, {f32: 2.0, f16: 1.5}, f16),
-        ({f32: 1.05, bf16: 1.2, f16: 1.0}, {f32: 1.5, f16: 2.0}, f32),
+        ({f32: 1.0, bf16: 1.3, f16: 1.3}, {}, f32),
+        ({f32: 1.3, bf16: 1.0, f16: 1.3}, {}, bf16),
+        ({f32: 1.0, bf16: 1.3, f16: 1.15}, {f32: 2.0, f16: 1.5}, f16),
+        ({f32: 1.15, bf16: 1.3, f16: 1.0}, {f32: 1.5, f16: 2.0}, f32),
     ):
         monkeypatch.setattr(specdec, "race", lambda targets, choices, n, turns: {c: {1: one, 5: five}[n][c[0]] for c in choices})
         target, draft, _ = specdec.load_pair(pair)
