@@ -95,12 +95,13 @@ def categorical(probs, generator=None, ahead=0):
 class Noise:
     """For the coupled rule: races whose u are a matter of row, position and token, whoever runs them, and however often.
 
-    They follow from the seed, and from the sizes: another number of rows, or a longer text, is another table.
+    They follow from the seed, and from the sizes: with another number of rows, or another budget, the table is another one.
     """
 
-    def __init__(self, generator, B, max_length, V):
-        self.table = torch.rand(max_length, B, V, generator=generator, device=generator.device, dtype=torch.float64).log_().clamp_(min=-1e3)
-        self.row = torch.arange(B, device=generator.device)
+    def __init__(self, generator, B, max_new_tokens, V):
+        device = generator.device
+        self.table = torch.rand(max_new_tokens, B, V, generator=generator, device=device, dtype=torch.float64).log_().clamp_(min=-1e3)
+        self.row = torch.arange(B, device=device)
         self.here = torch.zeros_like(self.row)  # how many tokens each row has written: kept up to date by the speculative loop
 
     def log_u(self, ahead):
@@ -267,7 +268,7 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     above, first = 0, 1  # the first node of the level above, and of the one below
     for width in widths:
         node, left = first + (path[-1] - above) * width, going  # the eldest child, and who has yet to accept one
-        for child in range(width if going.any() else 0):
+        for child in range(width if going.any() else 0):  # where no row is going the path still goes on, to any node
             if child:
                 node = node + left
             draft_law = at(draft_probs, node - 1)
@@ -340,13 +341,13 @@ def catch_up(cache, length, read):
     """Let read(positions (B, n)) read what the cache lacks of the first `length` (B,) tokens. -> what it says at the last one, (B, 1, ..).
 
     A draft model lacks the newest token, and the last guess of the round before if all were accepted, since nobody has read
-    that one yet. Where another row lacks more, the difference is read again; and a row that is shorter than that is read past
-    its end, which is then forgotten.
+    that one yet. Where another row lacks more, the difference is read again; and in a row that is shorter than that the newest
+    token is read several times, which is then forgotten.
     """
     n = (length - cache.length).max().item()
     start = (length - n).clamp(min=0)
     cache.rollback(start)
-    out = read(start[:, None] + torch.arange(n, device=length.device))
+    out = read((start[:, None] + torch.arange(n, device=length.device)).minimum(length[:, None] - 1))
     cache.rollback(length)
     return at(out, length - 1 - start)[:, None]
 
@@ -434,7 +435,7 @@ class HeadsDrafter(Drafter):
         self.read(prompt, torch.arange(prompt.shape[1] - 1, device=prompt.device).expand(len(prompt), -1))
 
     def read(self, text, where):
-        """Read the tokens of text at `where` (B, n), each with what the target knew before it; before the first it knew nothing."""
+        """Read the tokens of text at `where` (B, n), each with what the target knew before it: before the first, at slot -1, nothing."""
         states = target_states(self.hidden[self.row, where], self.target_cache, where - 1).where(where[..., None] > 0, 0)
         return self.heads(self.heads.c_state(states), text.gather(1, where), self.cache)
 
@@ -489,7 +490,7 @@ class TreeDrafter(Drafter):
         self.drafter.start(*args)
 
     def commit(self, length, n_new, hidden):
-        self.drafter.commit(length, torch.ones_like(n_new), hidden)  # its cache keeps nothing of the tree: the path is read again
+        self.drafter.commit(length, torch.ones_like(n_new), hidden)  # as if nothing had been guessed: the path is read again
 
     def propose(self, text, length, k, law, generator):
         self.widths = self.shape[:k]
@@ -606,7 +607,7 @@ class Stats:
     accepted: int = 0
     emitted: int = 0
     overlap: float = 0.0  # sum over the evaluated of sum_v min(target_probs, draft_probs)
-    seconds: Counter = field(default_factory=Counter)  # as in `Round`
+    seconds: Counter = field(default_factory=lambda: Counter(draft=0.0, verify=0.0, rest=0.0))
     sizes: Counter = field(default_factory=Counter)  # {tokens per row in a pass: number of passes}
 
     def add(self, r):
@@ -730,9 +731,10 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
     """Continue prompt, (T,) or (B, T) int64, by max_new_tokens tokens a row, or up to and including the first eos.
 
     drafter None is plain decoding; with a drafter the output has the same law, whatever the drafter and the rule, but for the
-    rule that has "lossy" in its name. k: guesses per round, or "auto", see `AutoK`; a tree has its own. temperature, top_k,
-    top_p: see `to_probs`. seed: equal seeds give equal output, but for k="auto", which follows the clock; None takes a new one
-    from the system. With rule="coupled" the output is, up to rounding, the same for every drafter, every k, and for None.
+    rule that has "lossy" in its name. k: guesses per round, or "auto", which times some 70 passes first (for many prompts, give
+    them an `AutoK` to share); a tree has its own. temperature, top_k, top_p: see `to_probs`. seed: equal seeds give equal output,
+    but for k="auto", which follows the clock; None takes a new one from the system. With rule="coupled" the output is, up to
+    rounding, the same for every drafter, every k, and for None.
     ValueError: an argument is out of range, does not fit the target, or prompt and budget exceed a block_size.
     """
     result = Result([[] for _ in torch.atleast_2d(torch.as_tensor(prompt))], Stats())
@@ -856,11 +858,11 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
     dtypes = (dtype,) if dtype else (torch.float32, torch.bfloat16) + (torch.float16,) * has_float16(device)
     targets = {d: load_checkpoint(folder / "large.pt", device, d) for d in dtypes}
     choices = [(d, n) for d in dtypes for n in threads or (torch.get_num_threads(),)]
-    if len(choices) > 1:
-        for turns, close in (3, 1.5), (20, 1.2):  # a heat, which bfloat16 survives on few processors, and the race
+    for turns, close in (3, 1.5), (20, 1.2):  # a heat, which bfloat16 survives on few processors, and the race
+        if len(choices) > 1:
             cost = race(targets, choices, 1, turns)
             choices = [choice for choice in choices if cost[choice] < close * min(cost.values())]
-        choices = [(d, n) for d, n in choices if n == min(n for _, n in choices)]
+    choices = [(d, n) for d, n in choices if n == min(n for _, n in choices)]
     cost = race(targets, choices, 5, 15) if len(choices) > 1 else {choices[0]: 1}
     dtype, n_threads = min(cost, key=cost.get)
     torch.set_num_threads(n_threads)
@@ -996,10 +998,11 @@ def print_table(target, rows, prompts, max_new_tokens, title, **options):
     stats, speed_ups, times = compare(target, rows, prompts, max_new_tokens, **options)
     plain, *others = stats
     speeds = {name: s.tokens_per_second for name, s in stats.items()}
-    best = max((name for name in stats if "lossy" not in rows[name][2]), key=speeds.get, default=None)
+    exact = [name for name in stats if name == plain or "lossy" not in rows[name][2]]
+    best = max(exact, key=speeds.get)
     print(f"{title:26} tokens/s  speed-up         predicted  alpha        tau   draft  verify   rest")
     for name, s in stats.items():
-        label = name + " (NOT the target's law)" * ("lossy" in rows[name][2] and name != plain)
+        label = name + " (NOT the target's law)" * (name not in exact)
         shares = "  ".join(f"{part / sum(s.seconds.values()):6.1%}" for part in s.seconds.values())
         columns = f"1{'':40}"
         if name != plain:

@@ -144,16 +144,25 @@ def test_ngram_forgets_the_prompt_before():
 @pytest.mark.parametrize("markov, n_layer, n_state", [(True, 2, 16), (False, 2, 16), (True, 1, 8), (True, 3, 24), (True, 4, 16), (True, 6, 24), (True, 7, 24)])
 def test_heads_guess_from_the_targets_states(markov, n_layer, n_state):
     """Whatever was accepted: the laws are those of heads that read the text with the states of a fresh forward, then their own."""
-    heads, texts, model = make_heads(0, 7, 16, markov, n_state), [[3, 1, 4], [0, 2, 6]], make_gpt(2, n_layer=n_layer)
+    assert_heads_guess_right(make_heads(0, 7, 16, markov, n_state), make_gpt(2, n_layer=n_layer), [[3, 1, 4], [0, 2, 6]], k=3)
+
+
+def test_heads_in_rows_shorter_than_what_another_row_lacks():
+    for seed in range(5):
+        assert_heads_guess_right(make_heads(0, 7, 16), MODEL, [[3], [5], [1]], k=4, temperature=3.0, seed=seed)
+
+
+def assert_heads_guess_right(heads, model, texts, k, temperature=1.0, seed=1):
     drafter = HeadsDrafter(heads)
-    for r in rounds(model, torch.tensor(texts), 25, drafter, 3, seed=1):
+    for r in rounds(model, torch.tensor(texts), 25, drafter, k, temperature=temperature, seed=seed):
         for b, text in enumerate(texts):
             if k := r.draft_probs.shape[1] if r.n_new[b] else 0:
+                assert drafter.cache.length[b] == len(text)  # what was read with the target's states stays, and nothing else
                 guesses = r.tokens[b, : min(r.n_accepted[b].item(), k - 1)].tolist()
-                expected = heads_logits(heads, model, text, guesses).softmax(-1)
+                expected = (heads_logits(heads, model, text, guesses) / temperature).softmax(-1)
                 torch.testing.assert_close(r.draft_probs[b, : len(expected)], expected, rtol=0, atol=1e-10)
             text += r.tokens[b, : r.n_new[b]].tolist()
-        poison(drafter.cache)
+        poison(drafter.cache), poison(drafter.target_cache)
 
 
 def test_heads_may_guess_for_a_batch_and_then_in_a_tree_for_another():

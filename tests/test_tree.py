@@ -95,6 +95,7 @@ def test_after_every_round_both_caches_are_those_of_a_fresh_forward(monkeypatch,
     for r in rounds(TARGET, PROMPTS, 30, drafter, temperature=temperature, seed=2):
         depths.update(r.n_accepted.tolist())
         for b, (tokens, n) in enumerate(zip(r.tokens.tolist(), r.n_new.tolist())):
+            assert r.size == 1 or n == 0 or drafter.drafter.cache.length[b] == len(texts[b])  # all but the path just accepted, which is read again
             texts[b] += tokens[:n]
             assert made[0].length[b] == len(texts[b]) - 1
             for model, cache in ((TARGET, made[0]), (DRAFT, drafter.drafter.cache)):
