@@ -263,7 +263,7 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     drawn from *given its elder siblings*. -> n_accepted (B,), next_token (B,), and the path, (B, len(widths) + 1) int64: the
     accepted nodes from node 0 on; behind the last, any.
     """
-    n_accepted = torch.zeros_like(draft_tokens[:, 0])
+    n_accepted, row = torch.zeros_like(draft_tokens[:, 0]), torch.arange(len(draft_tokens), device=draft_tokens.device)
     path, going, left_of_target = [n_accepted], n_accepted == 0, target_probs[:, 0]
     above, first = 0, 1  # the first node of the level above, and of the one below
     for width in widths:
@@ -271,14 +271,15 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
         for child in range(width if going.any() else 0):  # where no row is going the path still goes on, to any node
             if child:
                 node = node + left
-            draft_law = at(draft_probs, node - 1)
-            left = left & ~bernoulli(ratio(left_of_target, draft_law, at(draft_tokens, node - 1)).clamp(max=1), generator)
+            guess = row, node - 1  # node 0 is none
+            draft_law = draft_probs[guess]
+            left = left & ~bernoulli(ratio(left_of_target, draft_law, draft_tokens[guess]).clamp(max=1), generator)
             if not left.any():
                 break
             # Not this one: what is left of the target's law is judged against the next sibling's.
             left_of_target = torch.where(left[:, None], residual(left_of_target, draft_law), left_of_target)
         going = going & ~left
-        left_of_target = torch.where(going[:, None], at(target_probs, node), left_of_target)
+        left_of_target = torch.where(going[:, None], target_probs[row, node], left_of_target)
         n_accepted = n_accepted + going
         path.append(node)
         above, first = first, first + (first - above) * width
