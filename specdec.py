@@ -697,11 +697,12 @@ class AutoK(FixedK):
 
     def choose(self, room):
         alpha, unlucky = self.accepted / self.evaluated, math.sqrt(2 * math.log((room > 0).sum().item()))
-        most, more = room.max().item(), [alpha**i for i in range(self.most + 1)]  # P(N > i), N tokens in a round of i or more guesses
+        most = room.max().item()
 
         def seconds(k):
-            tau = sum(more[: k + 1])
-            variance = sum((2 * i + 1) * chance for i, chance in enumerate(more[: k + 1])) - tau**2  # E N^2 = sum (2i + 1) P(N > i)
+            tau = expected_tokens(alpha, k)
+            # tokens N of a round: P(N > i) = alpha^i for i <= k, and E[N^2] = sum (2i + 1) P(N > i)
+            variance = sum((2 * i + 1) * alpha**i for i in range(k + 1)) - tau**2
             n_rounds = most / tau + unlucky * math.sqrt(most / tau * max(0, variance)) / tau
             return n_rounds * (self.times[k] + k * self.guess + self.rest if k else 0.95 * self.times[0])
 
