@@ -30,7 +30,7 @@ import signal
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -304,15 +304,15 @@ class Drafter:
         """Guess up to k tokens after the first `length` (B,) tokens of each row of text: draft_tokens (B, k), draft_probs (B, k, V)."""
         tokens, probs = [text[:, :0]], []
         while len(probs) < k:
-            logits = self.timed(self.step, tokens[-1]) if probs else self.timed(self.begin, text, length)
-            if not self.go_on(len(probs)):
+            if probs and not self.go_on(len(probs)):
                 break
+            logits = self.timed(self.step, tokens[-1]) if probs else self.timed(self.begin, text, length)
             probs.append(law(logits[:, -1]))
             tokens.append(categorical(probs[-1], generator, len(probs) - 1)[:, None])
         return torch.cat(tokens, 1), torch.stack(probs, 1) if probs else torch.zeros(len(text), 0, self.vocab_size, device=text.device)
 
     def go_on(self, n):
-        """Whether to guess another token after n. Those n may decide it, the token in question may not: that would bend the law."""
+        """Whether to guess another token after n >= 1. Those n may decide it, the token in question may not: that would bend the law."""
         return True
 
     def timed(self, call, *args):
@@ -405,8 +405,9 @@ class NGramDrafter(Drafter):
 class HeadsDrafter(Drafter):
     """Guesses with `DraftHeads`: a draft model of one block that sees the target's states as well.
 
-    times: the seconds that the target's pass takes over 1, 2, .. tokens. With them the number of guesses follows the heads'
-    own confidence, as in DSpark (arXiv 2607.05147): stop where (1 + a_1 + a_1 a_2 + ..) / time stops growing.
+    times: what a round with 0, 1, 2, .. guesses costs, in any unit. With them the number of guesses follows the heads'
+    own confidence, as in DSpark (arXiv 2607.05147): stop where (1 + a_1 + a_1 a_2 + ..) / time stops growing. The chance of a
+    guess is known once its state is, and that costs a pass; so the next one is taken to be as likely as the last.
     """
 
     def __init__(self, heads, times=None):
@@ -443,12 +444,14 @@ class HeadsDrafter(Drafter):
     def go_on(self, n):
         if self.times is None:
             return True
-        if n == 0:
+        if n == 1:
             self.survival = self.expected = torch.ones_like(self.state[:, 0, 0]) * self.going
         # Rows of a batch share a pass, so they decide together; each by what it has guessed already.
-        self.survival = self.survival * self.timed(self.heads.acceptance, self.state)[:, 0]  # a_1 .. a_(n+1)
-        before, self.expected = self.expected, self.expected + self.survival
-        return n + 1 < len(self.times) and (self.expected.sum() / self.times[n + 1] > before.sum() / self.times[n]).item()
+        likely = self.timed(self.heads.acceptance, self.state)[:, 0]  # a_n
+        self.survival = self.survival * likely
+        self.expected = self.expected + self.survival
+        further = self.expected + self.survival * likely
+        return n + 1 < len(self.times) and (further.sum() / self.times[n + 1] > self.expected.sum() / self.times[n]).item()
 
     def commit(self, length, n_new, hidden):
         # Guesses were read with the heads' own idea of the target's states. Those are known now, so what stays is read again.
@@ -706,8 +709,9 @@ class AutoK(FixedK):
     def __init__(self, times):
         super().__init__(len(times) - 1)
         self.times = times
-        # What is believed before anything is known, as if five guesses, and the costs of two rounds, had been seen.
-        self.accepted, self.evaluated, self.guess, self.rest, self.n = 3.0, 5.0, times[0] / 10, times[0] / 10, 2
+        # What is believed before anything is known, as if five guesses, and the costs of three rounds, had been seen.
+        self.accepted, self.evaluated, self.guess, self.rest = 3.0, 5.0, times[0] / 10, times[0] / 10
+        self.costs = deque([(self.guess, self.rest)] * 3, maxlen=15)
 
     def choose(self, room):
         alpha, unlucky = self.accepted / self.evaluated, math.sqrt(2 * math.log((room > 0).sum().item()))
@@ -730,10 +734,8 @@ class AutoK(FixedK):
             accepted = torch.minimum(r.n_accepted, n_guessed)
             self.accepted += accepted.sum().item()
             self.evaluated += (accepted + (r.n_accepted < n_guessed)).sum().item()
-            self.n += 1
-            rate = max(0.1, 1 / self.n)  # a mean at first, and then of the last ten rounds or so
-            self.guess += rate * (r.seconds["draft"] / (r.size - 1) - self.guess)
-            self.rest += rate * (r.seconds["rest"] - self.rest)
+            self.costs.append((r.seconds["draft"] / (r.size - 1), r.seconds["rest"]))
+            self.guess, self.rest = map(statistics.median, zip(*self.costs))  # one slow round must not end guessing for good
 
 
 @dataclass
@@ -747,7 +749,7 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
     """Continue prompt, (T,) or (B, T) int64, by max_new_tokens tokens a row, or up to and including the first eos.
 
     drafter None is plain decoding; with a drafter the output has the same law, whatever the drafter and the rule, but for the
-    rule that has "lossy" in its name. k: guesses per round, or "auto", which times some 70 passes first (for many prompts, give
+    rule that has "lossy" in its name. k: guesses per round, or "auto", which times 120 passes first (for many prompts, give
     them an `AutoK` to share); a tree has its own. temperature, top_k, top_p: see `to_probs`. seed: equal seeds give equal output,
     but for k="auto", which follows the clock; None takes a new one from the system. With rule="coupled" the output is, up to
     rounding, the same for every drafter, every k, and for None.
@@ -816,8 +818,16 @@ def passes(model, B, length, most):
 
 
 def pass_times(model, B, length, most):
-    """Seconds of a pass over 1, 2, .., most+1 tokens in each of B rows."""
-    return list(time_calls(passes(model, B, length, most + 1), 5).values())
+    """Seconds of a pass over 1, 2, .., most+1 tokens in each of B rows, most >= 2: a straight line from two tokens on.
+
+    Every size timed by itself would scatter by more than a token more costs, and a choice of k would follow the luckiest. What
+    disturbs a turn disturbs all three passes in it: so ratios within a turn vary less than times do.
+    """
+    run = passes(model, B, length, most + 1)
+    times = time_calls({n: run[n] for n in (1, 2, most + 1)}, 20, list)
+    one = statistics.median(times[1])
+    two, last = (one * statistics.median(map(operator.truediv, times[n], times[1])) for n in (2, most + 1))
+    return [one] + [two + (last - two) * i / (most - 1) for i in range(most)]
 
 
 def time_calls(calls, repeats, average=statistics.median):
@@ -928,7 +938,7 @@ def tell(story, encoding, prompt=""):
 
 def contenders(draft, heads, drafter, rule, k, tree):
     """{name: (drafter or None, k, rule)}, plain decoding first: the rows of the table. None as drafter, rule or k: all of them."""
-    judge, k, ngram_k = rule or "rejection", *((4, 8) if k is None else (k, k))  # a lookup costs next to nothing: it may guess more
+    judge, k, ngram_k = rule or "rejection", *((4, 10) if k is None else (k, k))  # a lookup costs next to nothing: it may guess more
     shape = ",".join(map(str, tree))
     rows = {"plain decoding": (None, 1, judge)}
     if drafter in (None, "model"):
@@ -964,7 +974,7 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
     rows = {name: (copy(drafter), AutoK(times) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
     for drafter, *_ in rows.values():
         if getattr(drafter, "times", None) == "measure":
-            drafter.times = times
+            drafter.times = [t + n * times[0] / 10 for n, t in enumerate(times)]  # a guess costs about a tenth of a pass
     stats, speed_ups, seconds_of = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
     plain, *_ = stats.values()
     one_pass = functools.cache(functools.partial(passes, target, B, middle))
@@ -1132,7 +1142,7 @@ def sweep(target, draft, rows, prompts, max_new_tokens, **options):
     """Print what a pass costs, the floor that memory sets, and the speed-up against k and against batch size, as text plots."""
     models, length = {"target": target, "draft": draft}, len(prompts[0][0]) + max_new_tokens // 2
     print("\nmilliseconds of a pass over n tokens, and in passes over one token")
-    times = {name: pass_times(model, 1, length, 15) for name, model in models.items()}
+    times = {name: list(time_calls(passes(model, 1, length, 16), 5).values()) for name, model in models.items()}
     for n in range(1, 17):
         print(f"  n = {n:2}   " + "   ".join(f"{name} {1000 * t[n - 1]:6.2f} ({t[n - 1] / t[0]:.2f})" for name, t in times.items()))
     size = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in models.items()}
@@ -1184,7 +1194,7 @@ def main(argv=None):
     parser = Parser(description="Speculative decoding beside plain decoding, with the pair of models in checkpoints/.")
     parser.add_argument("--prompt", help="text to continue (default: four beginnings of Python code)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument("-k", type=guesses, metavar="K", help='guesses per round, or "auto" (default: 4, for n-gram lookup 8)')
+    parser.add_argument("-k", type=guesses, metavar="K", help='guesses per round, or "auto" (default: 4, for n-gram lookup 10)')
     parser.add_argument("--drafter", choices=("model", "ngram", "heads", "tree"), help="who guesses (default: each in turn)")
     parser.add_argument("--rule", choices=RULES, help="who judges (default: rejection, and for the draft model each in turn)")
     parser.add_argument("--tree", type=widths, default=(2, 1, 1, 1), metavar="W,W,..", help="children per node at each level (default: 2,1,1,1)")

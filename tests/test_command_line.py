@@ -140,7 +140,7 @@ def test_text_that_repeats_has_its_own_table(pair, capsys, monkeypatch):
     options = ["--checkpoints", str(pair), "--dtype", "float32", "--drafter", "ngram", "--temperature", "1", "--seed", str(2**63 - 1)]
     specdec.main([*options, "--max-new-tokens", "4"])
     out = capsys.readouterr().out
-    assert "text that repeats" in out and out.count("n-gram lookup, k=8 ") == 2
+    assert "text that repeats" in out and out.count("n-gram lookup, k=10 ") == 2
 
 
 def test_sweep(pair, capsys):

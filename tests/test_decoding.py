@@ -312,11 +312,14 @@ def test_auto_k_learns_from_the_rounds_behind():
         assert 0 < k.guess < 0.1 and k.rest > 0
 
 
-def test_one_slow_guess_does_not_end_guessing():
-    """The first guess finds all caches cold. Were its cost believed at once, there would never be another to correct it."""
+@pytest.mark.parametrize("before", [0, 30])
+def test_one_slow_round_does_not_end_guessing(before):
+    """The first guess finds all caches cold, and anything may disturb a later one. Were that believed, no other would ever correct it."""
     k, r = AutoK([1.0] * 7), next(rounds(TARGET, PROMPT, 5, ModelDrafter(DRAFT), 1, seed=0))
-    r.seconds = {"draft": 0.6, "verify": 1.0, "rest": 0.1}
-    k.add(r)
+    for slow in [False] * before + [True]:
+        r.seconds = {"draft": 25.0, "verify": 1.0, "rest": 25.0} if slow else {"draft": 0.1, "verify": 1.0, "rest": 0.1}
+        k.add(r)
+    k.accepted, k.evaluated = 3.0, 5.0
     assert k.choose(ONE_ROW) > 0
 
 
