@@ -820,13 +820,11 @@ def passes(model, B, length, most):
 def pass_times(model, B, length, most):
     """Seconds of a pass over 1, 2, .., most+1 tokens in each of B rows, most >= 2: a straight line from two tokens on.
 
-    Every size timed by itself would scatter by more than a token more costs, and a choice of k would follow the luckiest. What
-    disturbs a turn disturbs all three passes in it: so ratios within a turn vary less than times do.
+    Timed one by one they would scatter by more than another token costs, and a choice of k would follow the luckiest.
     """
     run = passes(model, B, length, most + 1)
     times = time_calls({n: run[n] for n in (1, 2, most + 1)}, 20, list)
-    one = statistics.median(times[1])
-    two, last = (one * statistics.median(map(operator.truediv, times[n], times[1])) for n in (2, most + 1))
+    one, two, last = (ratio * statistics.median(times[1]) for ratio in relative(times).values())
     return [one] + [two + (last - two) * i / (most - 1) for i in range(most)]
 
 
@@ -843,6 +841,15 @@ def time_calls(calls, repeats, average=statistics.median):
             call()
             times[name].append(now() - start)
     return {name: average(t) for name, t in times.items()}
+
+
+def relative(times):
+    """{name: [seconds, turn by turn]} -> {name: median of its time over the first name's}.
+
+    What disturbs a turn disturbs all who run in it: so ratios within a turn vary less than times do.
+    """
+    first, *_ = times.values()
+    return {name: statistics.median(map(operator.truediv, t, first)) for name, t in times.items()}
 
 
 # -- the command line --------------------------------------------------------------------------------------------------------
@@ -900,10 +907,7 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
 
 
 def race(targets, choices, n, turns):
-    """{(dtype, threads): time of a pass over n tokens, in that of the first choice}: the median of the turns.
-
-    What disturbs a turn disturbs all who run in it: so ratios within a turn vary less than times do.
-    """
+    """{(dtype, threads): time of a pass over n tokens, in that of the first choice}."""
 
     def run(one_pass, threads):
         torch.set_num_threads(threads)
@@ -912,8 +916,7 @@ def race(targets, choices, n, turns):
 
     one_pass = {dtype: passes(targets[dtype][0], 1, 64, n)[n] for dtype in {dtype for dtype, _ in choices}}
     calls = {(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}
-    first, *_ = times = time_calls(calls, turns, list)
-    return {choice: statistics.median(map(operator.truediv, times[choice], times[first])) for choice in choices}
+    return relative(time_calls(calls, turns, list))
 
 
 def tell(story, encoding, prompt=""):
@@ -962,7 +965,7 @@ def contenders(draft, heads, drafter, rule, k, tree):
     return rows
 
 
-def compare(target, rows, prompts, max_new_tokens, seed, seconds=12, **options):
+def compare(target, rows, prompts, max_new_tokens, seed, seconds=10, **options):
     """Decode the prompts by every row, again and again for about so many seconds; meanwhile, time passes of the target.
 
     -> {name: Stats}, {name: [speed-up in each turn]}, {n: seconds of the target's pass over n tokens}: the median of passes timed
