@@ -259,19 +259,20 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     et al. 2024 (arXiv 2402.14160).
 
     Nodes in breadth-first order, 0 being the newest token: target_probs (B, N+1, V) after each, draft_probs (B, N, V) and
-    draft_tokens (B, N) of nodes 1..N. widths: children per node at each level. draft_probs must be the law that the node was
+    draft_tokens (B, N) of nodes 1..N. widths, a tuple: children per node at each level. draft_probs must be the law that the node was
     drawn from *given its elder siblings*. -> n_accepted (B,), next_token (B,), and the path, (B, len(widths) + 1) int64: the
     accepted nodes from node 0 on; behind the last, any.
+    All nodes are judged, also those that no path reaches: for a small tree that is faster than to follow the path of each row.
     """
     left = target_probs.clone()  # of the target's law after each node: what its children so far, had they all been refused, leave
     chance = torch.ones_like(left[..., 0])  # of each node, to be kept; node 0 is no guess
     for parent, child in siblings(widths, left.device):
-        before, draft_law = left[:, parent], draft_probs[:, child - 1]
+        before, draft_law = left[:, parent], draft_probs[:, child - 1].to(left.dtype)
         chance[:, child] = ratio(before, draft_law, draft_tokens[:, child - 1])
         left[:, parent] = residual(before, draft_law)
-    kept = bernoulli(chance.clamp(max=1), generator)[:, None]
-    # A node counts if it and all its ancestors are kept, and none of their elder siblings, which come first.
-    accepted = ((kept | ~ancestors(widths, left.device)) & ~(kept & elders(widths, left.device))).all(-1)
+    kept = bernoulli(chance.clamp(max=1), generator)
+    chosen = kept & ~(kept[:, None] & elders(widths, left.device)).any(-1)  # the first that is kept of its siblings
+    accepted = (chosen[:, None] | ~ancestors(widths, left.device)).all(-1)  # chosen, and so are all its ancestors
     path = accepted.int().argsort(dim=1, descending=True, stable=True)[:, : len(widths) + 1]
     n_accepted = accepted.sum(1) - 1
     return n_accepted, categorical(at(left, at(path, n_accepted)), generator), path
@@ -303,9 +304,7 @@ class Drafter:
     def propose(self, text, length, k, law, generator):
         """Guess up to k tokens after the first `length` (B,) tokens of each row of text: draft_tokens (B, k), draft_probs (B, k, V)."""
         tokens, probs = [text[:, :0]], []
-        while len(probs) < k:
-            if probs and not self.go_on(len(probs)):
-                break
+        while len(probs) < k and (not probs or self.go_on(len(probs))):
             logits = self.timed(self.step, tokens[-1]) if probs else self.timed(self.begin, text, length)
             probs.append(law(logits[:, -1]))
             tokens.append(categorical(probs[-1], generator, len(probs) - 1)[:, None])
@@ -405,9 +404,9 @@ class NGramDrafter(Drafter):
 class HeadsDrafter(Drafter):
     """Guesses with `DraftHeads`: a draft model of one block that sees the target's states as well.
 
-    times: what a round with 0, 1, 2, .. guesses costs, in any unit. With them the number of guesses follows the heads'
-    own confidence, as in DSpark (arXiv 2607.05147): stop where (1 + a_1 + a_1 a_2 + ..) / time stops growing. The chance of a
-    guess is known once its state is, and that costs a pass; so the next one is taken to be as likely as the last.
+    times: what the passes of a round with 0, 1, 2, .. guesses cost, in any unit. With them the number of guesses, one at least,
+    follows the heads' own confidence, as in DSpark (arXiv 2607.05147): stop where (1 + a_1 + a_1 a_2 + ..) / time stops growing.
+    The chance of a guess is known once its state is, and that costs a pass; so the next one is taken to be as likely as the last.
     """
 
     def __init__(self, heads, times=None):
@@ -496,7 +495,7 @@ class TreeDrafter(Drafter):
         tokens = text.new_zeros(len(text), len(self.tree) - 1)
         laws = logits.new_zeros(*tokens.shape, logits.shape[-1], dtype=torch.promote_types(logits.dtype, torch.float32))
         for width in self.widths:
-            if end:
+            if end:  # first..end is the level above
                 logits = self.timed(self.drafter.step, tokens[:, first:end], self.tree[first + 1 : end + 1, 1 : end + 1])
             first, end = end, end + logits.shape[1] * width
             sibling = to_probs(logits, 0) if self.top else law(logits)
@@ -512,11 +511,12 @@ class TreeDrafter(Drafter):
 
 
 def parents(widths):
-    """Of which node is each of nodes 1..N of a tree a child? In breadth-first order; node 0 is the root."""
+    """The parent of each of nodes 1..N of a tree, in breadth-first order; node 0 is the root."""
     out, level = [], [0]
     for width in widths:
+        first = len(out) + 1
         out += [parent for parent in level for _ in range(width)]
-        level = range(len(out) + 1 - len(level) * width, len(out) + 1)
+        level = range(first, len(out) + 1)
     return out
 
 
@@ -531,20 +531,17 @@ def ancestors(widths, device):
 
 @functools.cache
 def elders(widths, device):
-    """(N+1, N+1) bool: [i, j], whether node j is an elder sibling of node i, or of an ancestor of i."""
-    out = torch.zeros_like(ancestors(widths, "cpu"))
-    for node, parent in enumerate(parents(widths), 1):
-        out[node] = out[parent]
-        out[node, parents(widths).index(parent) + 1 : node] = True
-    return out.to(device)
+    """(N+1, N+1) bool: [i, j], whether node j of a tree is an elder sibling of node i."""
+    parent = torch.tensor([-1] + parents(widths))
+    return (parent[:, None] == parent).tril(-1).to(device)
 
 
 @functools.cache
 def siblings(widths, device):
-    """[(parents (n,), children (n,))]: the eldest child of every node that has one, then the second child, and so on."""
+    """In order of birth, [(parents (n,), children (n,))]: the eldest child of every node that has one, then the second, and so on."""
     parent = torch.tensor(parents(widths))
-    elder = torch.arange(len(parent)) - torch.searchsorted(parent, parent)  # how many elder siblings each has
-    return [(parent[elder == i].to(device), (elder == i).nonzero()[:, 0].to(device) + 1) for i in range(max(widths))]
+    rank = torch.arange(len(parent)) - torch.searchsorted(parent, parent)  # how many elder siblings each has
+    return [(parent[rank == i].to(device), (rank == i).nonzero()[:, 0].to(device) + 1) for i in range(max(widths))]
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------------
@@ -699,8 +696,8 @@ class AutoK(FixedK):
 
     alpha, and what a guess and the rest of a round cost, come from the rounds behind; k = 0, plain decoding, is one of the
     choices, and the right one where speculation loses. What lies ahead is not looked at, so the law stays the target's. The
-    past counts less and less, and alpha drifts back to where it started: so guessing is tried again now and then, but, lest
-    that be too often where it is hopeless, only if it promises 5%.
+    past counts less and less, and what is believed drifts back to where it started: so guessing is tried again now and then,
+    but, lest that be too often where it is hopeless, only if it promises 5%.
     A batch ends with its slowest row. The tokens of n rounds, tau each on average with variance v, have a standard deviation of
     sqrt(n v), and the unluckiest of B rows falls short by about sqrt(2 log B) of those; in plain decoding all end at once.
     times: the seconds of the target's pass over 1, 2, .., most+1 tokens, as from `pass_times`.
@@ -735,7 +732,10 @@ class AutoK(FixedK):
             self.accepted += accepted.sum().item()
             self.evaluated += (accepted + (r.n_accepted < n_guessed)).sum().item()
             self.costs.append((r.seconds["draft"] / (r.size - 1), r.seconds["rest"]))
-            self.guess, self.rest = map(statistics.median, zip(*self.costs))  # one slow round must not end guessing for good
+            self.guess, self.rest = map(statistics.median, zip(*self.costs))  # one slow round must not end guessing
+        else:  # nor may a slow minute end it for good
+            self.guess += 0.05 * (self.times[0] / 10 - self.guess)
+            self.rest += 0.05 * (self.times[0] / 10 - self.rest)
 
 
 @dataclass
@@ -749,8 +749,8 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
     """Continue prompt, (T,) or (B, T) int64, by max_new_tokens tokens a row, or up to and including the first eos.
 
     drafter None is plain decoding; with a drafter the output has the same law, whatever the drafter and the rule, but for the
-    rule that has "lossy" in its name. k: guesses per round, or "auto", which times 120 passes first (for many prompts, give
-    them an `AutoK` to share); a tree has its own. temperature, top_k, top_p: see `to_probs`. seed: equal seeds give equal output,
+    rule that has "lossy" in its name. k: guesses per round, or "auto", which times 120 passes first (a second here: for many
+    prompts, give them an `AutoK` to share); a tree has its own. temperature, top_k, top_p: see `to_probs`. seed: equal seeds give equal output,
     but for k="auto", which follows the clock; None takes a new one from the system. With rule="coupled" the output is, up to
     rounding, the same for every drafter, every k, and for None.
     ValueError: an argument is out of range, does not fit the target, or prompt and budget exceed a block_size.
@@ -824,7 +824,7 @@ def pass_times(model, B, length, most):
     """
     run = passes(model, B, length, most + 1)
     times = time_calls({n: run[n] for n in (1, 2, most + 1)}, 20, list)
-    one, two, last = (ratio * statistics.median(times[1]) for ratio in relative(times).values())
+    one, two, last = (t * statistics.median(times[1]) for t in relative(times).values())
     return [one] + [two + (last - two) * i / (most - 1) for i in range(most)]
 
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import specdec
 from conftest import make_gpt
 from model import DraftHeads
 from specdec import AutoK, FixedK, HeadsDrafter, ModelDrafter, NGramDrafter, Stats, TreeDrafter, generate, rounds
@@ -312,10 +313,32 @@ def test_auto_k_learns_from_the_rounds_behind():
         assert 0 < k.guess < 0.1 and k.rest > 0
 
 
+def plain_round_and(drafted):
+    """Two rounds to tell an `AutoK` about: without guesses, and with so many."""
+    return (next(rounds(TARGET, PROMPT, 5, ModelDrafter(DRAFT), k, seed=0)) for k in (Never(), drafted))
+
+
+class Never(FixedK):
+    def __init__(self):
+        super().__init__(1)
+
+    def choose(self, room):
+        return 0
+
+
+def waits(k, plain):
+    """How many plain rounds until the next guess."""
+    for n in range(200):
+        if k.choose(ONE_ROW) > 0:
+            break
+        k.add(plain)
+    return n
+
+
 @pytest.mark.parametrize("before", [0, 30])
 def test_one_slow_round_does_not_end_guessing(before):
     """The first guess finds all caches cold, and anything may disturb a later one. Were that believed, no other would ever correct it."""
-    k, r = AutoK([1.0] * 7), next(rounds(TARGET, PROMPT, 5, ModelDrafter(DRAFT), 1, seed=0))
+    k, (_, r) = AutoK([1.0] * 7), plain_round_and(1)
     for slow in [False] * before + [True]:
         r.seconds = {"draft": 25.0, "verify": 1.0, "rest": 25.0} if slow else {"draft": 0.1, "verify": 1.0, "rest": 0.1}
         k.add(r)
@@ -323,16 +346,29 @@ def test_one_slow_round_does_not_end_guessing(before):
     assert k.choose(ONE_ROW) > 0
 
 
+def test_many_slow_rounds_end_guessing_but_not_for_good():
+    k, (plain, r) = AutoK([1.0] * 7), plain_round_and(3)
+    for n in range(60):
+        r.seconds = {"draft": 0.3 if n < 50 else 30.0, "verify": 1.0, "rest": 0.1 if n < 50 else 10.0}
+        k.add(r)
+        if n == 49:
+            assert k.guess == pytest.approx(0.1) and k.rest == pytest.approx(0.1)  # three guesses at .3
+    k.accepted, k.evaluated = 3.0, 5.0
+    assert k.guess == pytest.approx(10) and k.rest == pytest.approx(10) and k.choose(ONE_ROW) == 0
+    assert 10 < waits(k, plain) < 150
+
+
 def test_auto_k_tries_again_after_a_while():
     """Without new guesses alpha drifts back to where it started."""
-    k = auto([1.0] * 7, 0.1, 0, 0, 50)
-    assert k.choose(ONE_ROW) == 0
-    for n in range(200):
-        k.add(next(rounds(TARGET, PROMPT, 1, ModelDrafter(DRAFT), 1, seed=0)))  # a round without a guess
-        k.guess = 0.1
-        if k.choose(ONE_ROW) > 0:
-            break
-    assert 10 < n < 150
+    k, (plain, _) = auto([1.0] * 7, 0.1, 0, 0, 50), plain_round_and(1)
+    assert 10 < waits(k, plain) < 150
+
+
+def test_pass_times_by_hand(monkeypatch):
+    """Over one token 2 at the median of the turns, over two 1.5 times that, over seven twice; between those a straight line."""
+    turns = {1: [1.0, 2, 4], 2: [1.5, 3, 6], 7: [2.0, 4, 20]}
+    monkeypatch.setattr(specdec, "time_calls", lambda calls, *_: {n: turns[n] for n in calls})
+    assert specdec.pass_times(TARGET, 1, 5, 6) == pytest.approx([2, 3, 3.2, 3.4, 3.6, 3.8, 4])
 
 
 @pytest.mark.parametrize("k", [4, "tree"])
