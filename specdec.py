@@ -501,11 +501,11 @@ class TreeDrafter(Drafter):
             sibling = to_probs(logits, 0) if self.top else law(logits)
             for child in range(width):
                 if child:  # not the elder one again
-                    sibling, logits = sibling.scatter(-1, token, 0), logits.scatter(-1, token, -torch.inf)
+                    elder = token[..., None]
+                    sibling, logits = sibling.scatter(-1, elder, 0), logits.scatter(-1, elder, -torch.inf)
                     mass = sibling.sum(-1, keepdim=True)
                     sibling = torch.where(mass > 0, sibling / mass, to_probs(logits, 0))
-                token = categorical(sibling, generator)[..., None]
-                tokens[:, first + child : end : width] = token[..., 0]
+                tokens[:, first + child : end : width] = token = categorical(sibling, generator)
                 laws[:, first + child : end : width] = sibling
         return tokens, laws
 
@@ -588,7 +588,8 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         else:
             n_accepted, next_token, path = verify_tree(target_probs, draft_probs, draft_tokens, drafter.widths, generator)
             cache.keep(length - 1, path)
-            draft_tokens, draft_probs = draft_tokens[row, path[:, 1:] - 1], draft_probs[row, path[:, 1:] - 1]
+            guess = path[:, 1:] - 1
+            draft_tokens, draft_probs = draft_tokens[row, guess], draft_probs[row, guess]
             target_probs, hidden = target_probs[row, path], hidden[row, path]
 
         # 4. Commit up to the budget, or to the first EOS, and forget the rest.
