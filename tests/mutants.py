@@ -322,7 +322,7 @@ CATALOGUE = [
     Mutant("T3", "held-out texts are trained on", "-", "train_tiny.py",
            "return [t for (_, t), h in zip(documents, held_out) if not h],", "return [t for t in (t for _, t in documents)],", "training"),
 ]  # fmt: skip
-FAST = ("A2", "B3", "E1", "E22", "F1", "G1", "X2", "I4")  # one of each kind, for the ordinary test command
+FAST = ("A2", "B3", "E1", "F1", "G1", "X2", "I4")  # one of each kind, for the ordinary test command
 
 
 def patched(mutant):

@@ -66,5 +66,6 @@ def test_check_tells_a_wrong_rule(pair, capsys, monkeypatch):
     target, draft, encoding = pair
     monkeypatch.setitem(RULES, "rejection", wrong_rule)
     prompt = torch.tensor(encoding.encode_ordinary("import "))
-    assert not check(target, rows(draft, 2), encoding, prompt, seed=1, n_samples=2000)
+    only = {"draft model": rows(draft, 2)["draft model"]}
+    assert not check(target, only, encoding, prompt, seed=1, n_samples=2000)
     assert "MISMATCH" in capsys.readouterr().out
