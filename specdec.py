@@ -265,10 +265,11 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     All nodes are judged, also those that no path reaches: for a small tree that is faster than to follow the path of each row.
     """
     left = target_probs.clone()  # of the target's law after each node: what its children so far, had they all been refused, leave
-    chance = torch.ones_like(left[..., 0])  # of each node, to be kept; node 0 is no guess
+    chance = torch.ones_like(left[..., 0])  # of each node, to be kept
     for parent, child in siblings(widths, left.device):
-        before, draft_law = left[:, parent], draft_probs[:, child - 1].to(left.dtype)
-        chance[:, child] = ratio(before, draft_law, draft_tokens[:, child - 1])
+        guess = child - 1  # node 0 is none
+        before, draft_law = left[:, parent], draft_probs[:, guess].to(left.dtype)
+        chance[:, child] = ratio(before, draft_law, draft_tokens[:, guess])
         left[:, parent] = residual(before, draft_law)
     kept = bernoulli(chance.clamp(max=1), generator)
     chosen = kept & ~(kept[:, None] & elders(widths, left.device)).any(-1)  # the first that is kept of its siblings
