@@ -259,9 +259,9 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     et al. 2024 (arXiv 2402.14160).
 
     Nodes in breadth-first order, 0 being the newest token: target_probs (B, N+1, V) after each, draft_probs (B, N, V) and
-    draft_tokens (B, N) of nodes 1..N. widths, a tuple: children per node at each level. draft_probs must be the law that the node was
-    drawn from *given its elder siblings*. -> n_accepted (B,), next_token (B,), and the path, (B, len(widths) + 1) int64: the
-    accepted nodes from node 0 on; behind the last, any.
+    draft_tokens (B, N) of nodes 1..N. widths, a tuple: children per node at each level. draft_probs must be the law that the
+    node was drawn from *given its elder siblings*. -> n_accepted (B,), next_token (B,), and the path, (B, len(widths) + 1)
+    int64: the accepted nodes from node 0 on; behind the last, any.
     All nodes are judged, also those that no path reaches: for a small tree that is faster than to follow the path of each row.
     """
     left = target_probs.clone()  # of the target's law after each node: what its children so far, had they all been refused, leave
