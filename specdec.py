@@ -752,9 +752,9 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
 
     drafter None is plain decoding; with a drafter the output has the same law, whatever the drafter and the rule, but for the
     rule that has "lossy" in its name. k: guesses per round, or "auto", which times 120 passes first (a second here: for many
-    prompts, give them an `AutoK` to share); a tree has its own. temperature, top_k, top_p: see `to_probs`. seed: equal seeds give equal output,
-    but for k="auto", which follows the clock; None takes a new one from the system. With rule="coupled" the output is, up to
-    rounding, the same for every drafter, every k, and for None.
+    prompts, give them an `AutoK` to share); a tree has its own. temperature, top_k, top_p: see `to_probs`. seed: equal seeds
+    give equal output, but for k="auto", which follows the clock; None takes a new one from the system. With rule="coupled" the
+    output is, up to rounding, the same for every drafter, every k, and for None.
     ValueError: an argument is out of range, does not fit the target, or prompt and budget exceed a block_size.
     """
     result = Result([[] for _ in torch.atleast_2d(torch.as_tensor(prompt))], Stats())
