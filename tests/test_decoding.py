@@ -315,15 +315,7 @@ def test_auto_k_learns_from_the_rounds_behind():
 
 def plain_round_and(drafted):
     """Two rounds to tell an `AutoK` about: without guesses, and with so many."""
-    return (next(rounds(TARGET, PROMPT, 5, ModelDrafter(DRAFT), k, seed=0)) for k in (Never(), drafted))
-
-
-class Never(FixedK):
-    def __init__(self):
-        super().__init__(1)
-
-    def choose(self, room):
-        return 0
+    return next(rounds(TARGET, PROMPT, 5, seed=0)), next(rounds(TARGET, PROMPT, 5, ModelDrafter(DRAFT), drafted, seed=0))
 
 
 def waits(k, plain):
