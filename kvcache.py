@@ -16,15 +16,18 @@ class KVCache:
 
     k, v:    (n_layer, B, n_head, max_length, head_dim); slot t of row b belongs to the token at position t, but for the
              nodes of a tree, until `keep` has put those on the accepted path in order
-    length:  (B,) int64, the number of tokens that each row holds
+    length:  (B,) int64, the number of tokens that each row holds; changed in place
+    fixed:   every pass looks at all max_length slots, most of them masked, and the host never asks for a length: then all passes
+             over T tokens are the same sequence of operations, which a GPU can replay (`capture` in specdec.py)
 
     One pass of a model over T new tokens calls `extend(T)` once, then `write` once per layer.
     """
 
     @torch.inference_mode(False)  # made inside it or not, the buffers are ordinary tensors that anyone may write to
-    def __init__(self, n_layer, batch_size, n_head, max_length, head_dim, device=None, dtype=None):
+    def __init__(self, n_layer, batch_size, n_head, max_length, head_dim, device=None, dtype=None, fixed=False):
         self._kv = torch.zeros(2, n_layer, batch_size, n_head, max_length, head_dim, device=device, dtype=dtype)
         self.k, self.v = self._kv
+        self.fixed = fixed
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._slot = torch.arange(max_length, device=device)
         self._row = torch.arange(batch_size, device=device)[:, None]
@@ -41,13 +44,13 @@ class KVCache:
         tree (T, M) bool, if the T tokens are the last of a tree of M, of which M - T are in the cache already: [t, m], whether
         m is an ancestor of t, or t itself. Its position follows from the number of those, so siblings share one.
         """
-        lengths = self.length.tolist()
+        lengths = [0, len(self._slot) - T] if self.fixed else self.length.tolist()
         shortest, longest = min(lengths), max(lengths)
         S = longest + T
         if S > len(self._slot):
             raise ValueError(f"the cache holds {len(self._slot)} tokens a row; {longest} + {T} do not fit")
         self._visible = self._kv[..., :S, :].unbind(1)  # of each layer: (2, B, n_head, S, head_dim)
-        if shortest == longest:  # then one slice serves all rows, faster than an index per row
+        if shortest == longest and not self.fixed:  # then one slice serves all rows, faster than an index per row
             self._new = self._kv[..., longest:S, :].unbind(1)
         else:
             self._new, self._slots = None, self.length[:, None] + self._slot[:T]
@@ -67,7 +70,7 @@ class KVCache:
             visible = F.pad(F.pad(tree, (1, 0), value=True), (0, 1), value=False)
             mask = self._causal.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
             mask = mask[:, (self._slot[:S] - root + 1).clamp(0, M + 1)].transpose(0, 1)[:, None]
-        self.length = self.length + T
+        self.length += T
         return positions, mask
 
     def write(self, layer, kv):
@@ -83,14 +86,14 @@ class KVCache:
         n = path.shape[1]
         for row, (first, kept) in enumerate(zip(start.tolist(), path)):  # on a CPU half the time of one assignment for all rows
             self._kv[:, :, row, :, first : first + n] = self._kv[:, :, row, :, first:].index_select(-2, kept)
-        self.length = start + n
+        self.length.copy_(start + n)
 
     def rollback(self, length):
         """Forget everything from position `length` on: an int for all rows, or (B,) int64. Nothing is copied.
 
-        ValueError: a length is negative, or longer than what the row holds.
+        ValueError: a length is negative, or longer than what the row holds. (Of fixed shapes that is not asked.)
         """
-        length = torch.as_tensor(length, dtype=torch.int64, device=self.length.device).expand_as(self.length).clone()
-        if not all(0 <= new <= old for new, old in zip(length.tolist(), self.length.tolist())):
+        length = torch.as_tensor(length, dtype=torch.int64, device=self.length.device).expand_as(self.length)
+        if not self.fixed and not all(0 <= new <= old for new, old in zip(length.tolist(), self.length.tolist())):
             raise ValueError(f"cannot roll back from {self.length.tolist()} to {length.tolist()} tokens")
-        self.length = length
+        self.length.copy_(length)

@@ -133,10 +133,10 @@ class GPT(nn.Module):
         hidden = self.ln_f(x).unflatten(0, (B, T))
         return F.linear(hidden, self.wte.weight), hidden
 
-    def new_cache(self, batch_size, max_length=None):
+    def new_cache(self, batch_size, max_length=None, fixed=False):
         """An empty cache for B rows of up to max_length tokens (block_size unless told)."""
         c, weight = self.config, next(self.parameters())
-        return KVCache(c.n_layer, batch_size, c.n_head, max_length or c.block_size, c.n_embd // c.n_head, weight.device, weight.dtype)
+        return KVCache(c.n_layer, batch_size, c.n_head, max_length or c.block_size, c.n_embd // c.n_head, weight.device, weight.dtype, fixed)
 
 
 def target_states(hidden, cache, slots):

@@ -61,7 +61,7 @@ def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         best, token = probs.sort(-1, descending=True)
-        best[best.cumsum(-1) - best >= top_p] = 0  # the mass *before* a token decides, so the best one always stays
+        best.masked_fill_(best.cumsum(-1) - best >= top_p, 0)  # the mass *before* a token decides, so the best one always stays
         probs = torch.zeros_like(probs).scatter_(-1, token, best / best.sum(-1, keepdim=True))
     return probs
 
@@ -125,8 +125,8 @@ class Round:
     n_accepted: torch.Tensor  # (B,) how many guesses the rule accepted, before output was cut at EOS or at the budget
     target_probs: torch.Tensor  # (B, k+1, V)
     draft_probs: torch.Tensor  # (B, k, V); a row of zeros is no guess
+    size: int  # tokens per row in the target's pass
     seconds: dict  # spent in passes of the drafter, in passes of the target ("verify"), and on the "rest"
-    size: int = 1  # tokens per row in the target's pass
 
     @property
     def n_guessed(self):
@@ -138,28 +138,29 @@ class Round:
 def plain_rounds(target, prompt, max_new_tokens, law, eos, generator):
     """Decode with the target alone, a token per pass: the baseline, and the law that speculation must reproduce."""
     B, T = prompt.shape
-    cache = target.new_cache(B, T + max_new_tokens)
+    fixed = has_graphs(prompt.device)
+    cache = target.new_cache(B, T + max_new_tokens, fixed)
     target(prompt[:, :-1], cache)
-    token, going = prompt[:, -1:], torch.ones_like(prompt[:, 0])
-    for i in range(max_new_tokens):
+    newest, going = prompt[:, -1:].clone(), torch.ones_like(prompt[:, 0])
+
+    def one_round():
         start = now()
-        logits, _ = target(token, cache)
+        logits, _ = target(newest, cache)
         passed = now()
         probs = law(logits)
-        token = categorical(probs[:, 0], generator, i)[:, None]
-        seconds = {"draft": 0.0, "verify": passed - start, "rest": now() - passed}
-        yield Round(token, going, torch.zeros_like(going), probs, probs[:, :0], seconds)
+        newest.copy_(categorical(probs[:, 0], generator)[:, None])
+        if isinstance(generator, Noise):
+            generator.here += 1
+        return newest.clone(), probs, (start, start, passed, now())
+
+    one_round = capture(one_round, generator) if fixed else one_round
+    for _ in range(max_new_tokens):
+        token, probs, times = one_round()
+        yield Round(token, going, torch.zeros_like(going), probs, probs[:, :0], 1, spent(*times))
         if eos is not None:
             going = going * (token[:, 0] != eos)
             if not going.any():
                 return
-
-
-def now():
-    """Seconds on a clock, once all queued work is done."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 # -- the rules ---------------------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def at(x, i):
 def ratio(target_probs, draft_probs, tokens):
     """target / draft at the tokens: laws (..., V), tokens (...). 0 where there was no guess, or a broken one (NaN)."""
     target_x, draft_x = (probs.gather(-1, tokens[..., None])[..., 0] for probs in (target_probs, draft_probs))
-    return torch.where(draft_x > 0, target_x / draft_x, 0)
+    return (target_x / draft_x).masked_fill(~(draft_x > 0), 0)
 
 
 def residual(target_probs, draft_probs):
@@ -225,7 +226,7 @@ def verify_block(target_probs, draft_probs, draft_tokens, generator=None):
     draft_probs = F.pad(draft_probs.nan_to_num(0), (0, 0, 0, 1))  # no guess, or a broken one: then h_i = w_i, as for i = k
     weighted = weight[..., None] * target_probs
     mass = (weighted - draft_probs).clamp_(min=0).sum(-1)  # Z_i, (B, k+1)
-    h = torch.where(weight < 1, mass / (mass + 1 - weight), 1)
+    h = (mass / (mass + 1 - weight)).masked_fill(~(weight < 1), 1)
     kept = F.pad(bernoulli(h[:, 1:], generator), (1, 0), value=True)
     n_accepted = (kept * torch.arange(len(weights), device=kept.device)).amax(1)  # the *last* one kept, whatever came before it
     return n_accepted, categorical(residual(at(weighted, n_accepted), at(draft_probs, n_accepted)), generator)
@@ -290,10 +291,13 @@ class Drafter:
     just guessed, (B, n) -> (B, n, V).
     """
 
-    seconds = 0.0  # spent in passes
     extra = 0  # nodes of a tree, for which the caches need room
-    going = True  # (B,) bool, kept up to date by the loop: rows that have not ended
     tree = None  # of this round's guesses, (N+1, N+1), see `ancestors`; None: they are a chain
+    graphs = True  # whether all rounds of k guesses are the same operations, given caches of fixed shapes
+    # Kept up to date by the loop:
+    going = True  # (B,) bool, rows that have not ended
+    unread = 1  # tokens that the drafter's cache may lack, at most
+    spans = ()  # when passes were made in this round: pairs of moments
 
     def check(self, target, length):
         """ValueError, unless guesses for this target, in texts of up to `length` tokens, are possible."""
@@ -318,7 +322,7 @@ class Drafter:
     def timed(self, call, *args):
         start = now()
         out = call(*args)
-        self.seconds += now() - start
+        self.spans = [*self.spans, (start, now())]
         return out
 
     def commit(self, length, n_new, hidden):
@@ -329,14 +333,14 @@ class Drafter:
         """
 
 
-def catch_up(cache, length, read):
+def catch_up(cache, length, most, read):
     """Let read(positions (B, n)) read what the cache lacks of the first `length` (B,) tokens. -> what it says at the last one, (B, 1, ..).
 
     A draft model lacks the newest token, and the last guess of the round before if all were accepted, since nobody has read
     that one yet. Where another row lacks more, the difference is read again; and in a row that is shorter than that the newest
-    token is read several times, which is then forgotten.
+    token is read several times, which is then forgotten. Where shapes are fixed, `most` tokens are read, needed or not.
     """
-    n = (length - cache.length).max().item()
+    n = most if cache.fixed else (length - cache.length).max().item()
     start = (length - n).clamp(min=0)
     cache.rollback(start)
     out = read((start[:, None] + torch.arange(n, device=length.device)).minimum(length[:, None] - 1))
@@ -358,11 +362,11 @@ class ModelDrafter(Drafter):
             raise ValueError(f"prompt and budget are {length} tokens; the draft's block_size is {self.model.config.block_size}")
 
     def start(self, prompt, max_length, hidden, target_cache):
-        self.cache = self.model.new_cache(len(prompt), max_length)
+        self.cache = self.model.new_cache(len(prompt), max_length, target_cache.fixed)
         self.model(prompt[:, :-1], self.cache)
 
     def begin(self, text, length):
-        return catch_up(self.cache, length, lambda where: self.model(text.gather(1, where), self.cache)[0])
+        return catch_up(self.cache, length, self.unread, lambda where: self.model(text.gather(1, where), self.cache)[0])
 
     def step(self, tokens, tree=None):
         return self.model(tokens, self.cache, tree)[0]
@@ -381,7 +385,10 @@ class NGramDrafter(Drafter):
     def __init__(self, max_n=3):
         if max_n < 1:
             raise ValueError(f"max_n is {max_n}; it must be at least 1")
-        self.max_n = max_n
+        self.max_n, self.fixed = max_n, False
+
+    def start(self, prompt, max_length, hidden, target_cache):
+        self.fixed = target_cache.fixed
 
     def propose(self, text, length, k, law, generator):
         start = now()
@@ -393,13 +400,14 @@ class NGramDrafter(Drafter):
             match = (windows == last[:, None]).all(-1) & (end < length[:, None])
             behind = torch.where(match.any(1), (match * end).amax(1), behind)
         found = ((behind > 0) & self.going)[:, None]
-        k = k if found.any() else 0
+        k = k if self.fixed or found.any() else 0
         # What follows may reach the end of the text; then it goes on as a loop would.
         step = torch.arange(k, device=text.device)[None] % (length - behind)[:, None]
         tokens = text.gather(1, behind[:, None] + step) * found
-        probs = F.one_hot(tokens, self.vocab_size) * found[..., None]
-        self.seconds += now() - start
-        return tokens, probs.float()
+        probs = torch.zeros(*tokens.shape, self.vocab_size, device=text.device)
+        probs.scatter_(2, tokens[..., None], found[..., None].float().expand_as(tokens[..., None]))
+        self.spans = [*self.spans, (start, now())]
+        return tokens, probs
 
 
 class HeadsDrafter(Drafter):
@@ -411,7 +419,7 @@ class HeadsDrafter(Drafter):
     """
 
     def __init__(self, heads, times=None):
-        self.heads, self.times = heads, times
+        self.heads, self.times, self.graphs = heads, times, times is None
 
     def check(self, target, length):
         super().check(target, length)
@@ -422,18 +430,18 @@ class HeadsDrafter(Drafter):
 
     def start(self, prompt, max_length, hidden, target_cache):
         self.target_cache = target_cache
-        self.cache = self.heads.new_cache(len(prompt), max_length)
+        self.cache = self.heads.new_cache(len(prompt), max_length, target_cache.fixed)
         self.row = torch.arange(len(prompt), device=prompt.device)[:, None]
         self.hidden = F.pad(hidden, (0, 0, 1, max_length - prompt.shape[1]))  # [:, t]: the target's last hidden state before token t
         self.read(prompt, torch.arange(prompt.shape[1] - 1, device=prompt.device).expand(len(prompt), -1))
 
     def read(self, text, where):
         """Read the tokens of text at `where` (B, n), each with what the target knew before it: before the first, at slot -1, nothing."""
-        states = target_states(self.hidden[self.row, where], self.target_cache, where - 1).where(where[..., None] > 0, 0)
+        states = target_states(self.hidden[self.row, where], self.target_cache, where - 1).masked_fill(where[..., None] == 0, 0)
         return self.heads(self.heads.c_state(states), text.gather(1, where), self.cache)
 
     def begin(self, text, length):
-        self.state = catch_up(self.cache, length, functools.partial(self.read, text))
+        self.state = catch_up(self.cache, length, self.unread, functools.partial(self.read, text))
         return self.heads.lm_head(self.state)
 
     def step(self, tokens, tree=None):
@@ -466,6 +474,8 @@ class TreeDrafter(Drafter):
     Siblings are drawn without replacement. Where a law has no mass left for another child, as at temperature 0 after the
     first, the best untried token follows with certainty; top=True does that from the first child on.
     """
+
+    graphs = False
 
     def __init__(self, drafter, widths, top=False):
         self.drafter, self.shape, self.top = drafter, tuple(widths), top
@@ -554,25 +564,26 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
 
     After each round both caches hold prompt and output but for the newest token, and nothing else can be seen. (The drafter's may
     hold less, as after a full acceptance, or a tree, or where heads read with the target's states: `catch_up` reads the rest.)
-    k: an int, or something that chooses one before each round, like `AutoK`.
+    k chooses the number of guesses before each round: `FixedK`, `AutoK`. On a GPU a round is replayed as a whole: see `capture`.
     """
     B, T = prompt.shape
     text = F.pad(prompt, (0, max_new_tokens + k.most + 1))  # output is written here, with room for guesses that are not kept
     length = torch.full((B,), T, device=prompt.device)  # of the text in each row
     end = length + max_new_tokens  # where it will stop
     step, row = torch.arange(k.most + 1, device=prompt.device)[None], torch.arange(B, device=prompt.device)[:, None]
-    cache = target.new_cache(B, text.shape[1] + drafter.extra)
+    fixed = has_graphs(prompt.device) and drafter.graphs
+    cache = target.new_cache(B, text.shape[1] + drafter.extra, fixed)
     _, hidden = target(prompt[:, :-1], cache)
     drafter.start(prompt, text.shape[1] + drafter.extra, hidden, cache)
 
-    while (most := (room := end - length).max().item()) > 0:
-        start, drafting = now(), drafter.seconds
+    def one_round(k):
+        start, room = now(), end - length
         if isinstance(generator, Noise):
             generator.here = length - T
-        drafter.going = room > 0
+        drafter.going, drafter.spans = room > 0, ()
 
-        # 1. Guess. The rule adds one token, so no row has room for more than most - 1 guesses.
-        draft_tokens, draft_probs = drafter.propose(text, length, min(k.choose(room), most - 1), law, generator)
+        # 1. Guess.
+        draft_tokens, draft_probs = drafter.propose(text, length, k, law, generator)
 
         # 2. Score: target_probs[:, i] is the law after guess i; at 0, after the newest token.
         tokens = torch.cat((text.gather(1, length[:, None] - 1), draft_tokens), 1)
@@ -599,16 +610,24 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         n_new = torch.minimum(n_accepted + 1, room)
         if eos is not None:
             before_eos = leading(tokens != eos)
-            end = torch.where(before_eos < n_new, length + before_eos + 1, end)
+            end.copy_(torch.where(before_eos < n_new, length + before_eos + 1, end))
             n_new = torch.minimum(n_new, before_eos + 1)
         text.scatter_(1, length[:, None] + step[:, : n + 1], tokens)
         drafter.commit(length, n_new, hidden)
-        length = length + n_new
+        length.add_(n_new)
         cache.rollback(length - 1)
+        return tokens, n_new, n_accepted, target_probs, draft_probs, size, (start, ready, scored, now(), drafter.spans)
 
-        seconds = {"draft": drafter.seconds - drafting, "verify": scored - ready}
-        seconds["rest"] = now() - start - sum(seconds.values())
-        r = Round(tokens, n_new, n_accepted, target_probs, draft_probs, seconds, size)
+    graph = functools.cache(lambda k: capture(functools.partial(one_round, k), generator))
+    plain = 0  # rounds in a row without guesses: the drafter has not followed, and no graph knows how much it has to read
+    while (most := (room := end - length).max().item()) > 0:
+        n = k.choose(room)
+        drafter.unread = k.most + 1 + plain
+        # The rule adds one token, so no row has room for more than most - 1 guesses. (A graph has one shape, and guesses in vain.)
+        run = graph(n) if fixed and not (n and plain) else functools.partial(one_round, min(n, most - 1))
+        plain = 0 if n else plain + 1
+        *out, times = run()
+        r = Round(*out, spent(*times))
         k.add(r)
         yield r
 
@@ -804,19 +823,79 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
     return speculative_rounds(target, drafter, prompt, max_new_tokens, k, RULES[rule], law, eos, generator)
 
 
+# -- time, and CUDA graphs ----------------------------------------------------------------------------------------------------
+
+
+def now():
+    """A moment. One minus another gives seconds."""
+    return Moment() if torch.cuda.is_initialized() else time.perf_counter()
+
+
+class Moment:
+    """When a GPU gets to this point of what is queued for it. Nobody waits for that until two moments are subtracted."""
+
+    def __init__(self):
+        self.event = torch.cuda.Event(enable_timing=True, external=True)  # external: in a graph, each replay sets it anew
+        self.event.record()
+
+    def __sub__(self, earlier):
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
+def spent(start, ready, scored, end, drafting=()):
+    """The seconds of a `Round`, from its moments; drafting: pairs of them."""
+    draft, verify = sum(end - start for start, end in drafting), scored - ready
+    return {"draft": draft, "verify": verify, "rest": end - start - draft - verify}
+
+
+def has_graphs(device):
+    return device.type == "cuda"
+
+
+def capture(call, generator=None):
+    """A function that does what call() does, as a CUDA graph: one launch for hundreds of kernels, each of which takes longer to
+    launch than to run.
+
+    The first call runs as it is, the second is recorded, and from then on the recording is replayed: the same kernels, at the same
+    addresses. So shapes must be fixed, the host must not look at any result, and state must be changed in place. The coins
+    of every replay are new, since the graph knows the generator.
+    """
+    graph, warm, out = torch.cuda.CUDAGraph(), False, None
+    if isinstance(generator, torch.Generator):
+        graph.register_generator_state(generator)
+
+    def replay():
+        nonlocal warm, out
+        if not warm:
+            warm = True
+            return call()
+        if out is None:
+            with torch.cuda.graph(graph):
+                out = call()
+        graph.replay()
+        return [x.clone() if isinstance(x, torch.Tensor) else x for x in out]  # the next replay overwrites them
+
+    return replay
+
+
 @torch.inference_mode()
 def passes(model, B, length, most):
     """{n: a function that runs the model over n tokens in each of B rows, behind a cache that holds `length` tokens}, n = 1..most."""
     tokens = torch.zeros(B, max(most, length), dtype=torch.int64, device=model.wte.weight.device)
-    cache = model.new_cache(B, length + most)
+    fixed = has_graphs(tokens.device)
+    cache = model.new_cache(B, length + most, fixed)
     model(tokens[:, :length], cache)
+    start = cache.length.clone()
 
     @torch.inference_mode()
     def run(n):
         model(tokens[:, :n], cache)
-        cache.rollback(length)
+        cache.rollback(start)
+        return ()
 
-    return {n: functools.partial(run, n) for n in range(1, most + 1)}
+    calls = {n: functools.partial(run, n) for n in range(1, most + 1)}
+    return {n: capture(call) for n, call in calls.items()} if fixed else calls
 
 
 def pass_times(model, B, length, most):

@@ -156,7 +156,7 @@ def a_round(tokens, n_new, n_accepted, n_guessed):
     """One row's round; what does not matter to the story is left out."""
     laws = torch.ones(1, 3, 257)
     laws[:, n_guessed:] = 0
-    return specdec.Round(torch.tensor([tokens]), torch.tensor([n_new]), torch.tensor([n_accepted]), torch.ones(1, 4, 257), laws, {"draft": 0, "verify": 0, "rest": 0})
+    return specdec.Round(torch.tensor([tokens]), torch.tensor([n_new]), torch.tensor([n_accepted]), torch.ones(1, 4, 257), laws, 4, {"draft": 0, "verify": 0, "rest": 0})
 
 
 @pytest.mark.parametrize("terminal, no_color, marks", [

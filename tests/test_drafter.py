@@ -17,15 +17,17 @@ def law(logits):
     return (logits / 2).softmax(-1)  # of the test's own, so that its use can be seen
 
 
-@given(st.lists(st.tuples(st.integers(0, 4), st.lists(st.integers(0, 4), min_size=B, max_size=B)), min_size=1, max_size=6), st.integers(0, 10**6))
-def test_guesses_come_from_the_laws_of_a_fresh_forward(history, seed):
+@given(st.lists(st.tuples(st.integers(0, 4), st.lists(st.integers(0, 4), min_size=B, max_size=B)), min_size=1, max_size=6), st.booleans(), st.integers(0, 10**6))
+def test_guesses_come_from_the_laws_of_a_fresh_forward(history, fixed, seed):
     """Each round guesses k tokens; each row then accepts some of them, up to all, and adds a token that the draft did not guess."""
+    history = [(max(k, int(fixed)), accepted) for k, accepted in history]  # with fixed shapes, k is never 0
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(7, (B, ROOM), generator=generator)
     length = torch.full((B,), T)
     drafter = ModelDrafter(MODEL)
     drafter.check(MODEL, 48)
-    drafter.start(text[:, :T], ROOM, None, None)
+    drafter.start(text[:, :T], ROOM, None, MODEL.new_cache(B, ROOM, fixed))
+    drafter.unread = 2
     assert drafter.cache.length.tolist() == [T - 1] * B
     for k, accepted in history:
         poison(drafter.cache)
@@ -51,7 +53,7 @@ def test_guesses_are_drawn_from_the_reported_laws(monkeypatch):
     monkeypatch.setattr(specdec, "categorical", lambda probs, generator=None, ahead=0: drawn.append(probs) or probs.argmax(-1))
     text = torch.randint(7, (B, ROOM))
     drafter = ModelDrafter(MODEL)
-    drafter.start(text[:, :T], ROOM, None, None)
+    drafter.start(text[:, :T], ROOM, None, MODEL.new_cache(B, ROOM))
     tokens, probs = drafter.propose(text, torch.full((B,), T), 3, law, None)
     assert torch.equal(torch.stack(drawn, 1), probs) and torch.equal(tokens, probs.argmax(-1))
 
@@ -59,7 +61,7 @@ def test_guesses_are_drawn_from_the_reported_laws(monkeypatch):
 def test_rollback_forgets_what_was_not_accepted():
     text = torch.randint(7, (B, ROOM))
     drafter = ModelDrafter(MODEL)
-    drafter.start(text[:, :T], ROOM, None, None)
+    drafter.start(text[:, :T], ROOM, None, MODEL.new_cache(B, ROOM))
     drafter.propose(text, torch.full((B,), T), 3, law, torch.Generator().manual_seed(0))
     drafter.commit(torch.full((B,), T), torch.tensor([1, 2, 4]), None)  # after 0, 1 and all 3 accepted guesses
     assert drafter.cache.length.tolist() == [T, T + 1, T + 2]  # nobody has read the third

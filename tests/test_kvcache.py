@@ -21,10 +21,10 @@ def poison(cache):
         buffer.masked_fill_(unused[None, :, None, :, None], float("nan"))
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=8))
-def test_every_chunking_equals_one_pass(chunks):
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.booleans())
+def test_every_chunking_equals_one_pass(chunks, fixed):
     tokens = torch.randint(7, (sum(chunks),))
-    cache = MODEL.new_cache(1)
+    cache = MODEL.new_cache(1, fixed=fixed)
     logits = []
     for chunk in tokens.split(chunks):
         poison(cache)
@@ -36,10 +36,10 @@ def test_every_chunking_equals_one_pass(chunks):
 histories = st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 5), min_size=3, max_size=3)), min_size=1, max_size=8)
 
 
-@given(histories, st.randoms(use_true_random=False))
-def test_every_history_of_rollbacks_in_a_ragged_batch(history, random):
+@given(histories, st.booleans(), st.randoms(use_true_random=False))
+def test_every_history_of_rollbacks_in_a_ragged_batch(history, fixed, random):
     """Each round reads T tokens in all three rows, then takes back a different number in each: BUGS E1-E20."""
-    cache = MODEL.new_cache(3)
+    cache = MODEL.new_cache(3, fixed=fixed)
     texts = [[], [], []]
     for T, undone in history:
         new = [[random.randrange(7) for _ in range(T)] for _ in texts]

@@ -26,8 +26,8 @@ class TableModel:
         self.config = GPTConfig(self.table.shape[-1], len(self.table), 1, 1, 1)
         self.wte = torch.nn.Embedding(self.table.shape[-1], 1)
 
-    def new_cache(self, batch_size, max_length):
-        return KVCache(1, batch_size, 1, max_length, 1)
+    def new_cache(self, batch_size, max_length, fixed=False):
+        return KVCache(1, batch_size, 1, max_length, 1, fixed=fixed)
 
     def __call__(self, tokens, cache, tree=None):
         positions, _ = cache.extend(tokens.shape[1], tree)
