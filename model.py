@@ -1,4 +1,4 @@
-"""GPT-2, whole, in raw PyTorch, with an explicit KV cache; and its checkpoint file.
+"""GPT-2, whole, in raw PyTorch, with an explicit KV cache; its checkpoint file; and how long a pass takes, on a CPU or in a CUDA graph.
 
 The architecture is that of Radford et al. 2019 to the letter: LayerNorm before each sub-layer and once at the end, learned
 positions, biases everywhere, GELU in its tanh form, the output layer tied to the token embedding. Parameters have the names
@@ -7,8 +7,12 @@ and the shapes of OpenAI's published weights, so those fit in one by one, withou
 Letters in shapes: B rows, T new tokens, S tokens to look at, D = n_embd, V = vocab_size.
 """
 
+import functools
 import math
+import operator
 import os
+import statistics
+import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -287,3 +291,107 @@ def _load(path):
             yield torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds
             raise ValueError(f"{path} is damaged, or not a checkpoint of this project ({type(error).__name__})") from error
+
+
+# -- time, and CUDA graphs ----------------------------------------------------------------------------------------------------
+
+
+def now():
+    """A moment. One minus another gives seconds."""
+    return Moment() if torch.cuda.is_initialized() else time.perf_counter()
+
+
+class Moment:
+    """When a GPU gets to this point of what is queued for it. Nobody waits for that until two moments are subtracted."""
+
+    def __init__(self):
+        self.event = torch.cuda.Event(enable_timing=True, external=True)  # external: in a graph, each replay sets it anew
+        self.event.record()
+
+    def __sub__(self, earlier):
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
+def has_graphs(device):
+    return device.type == "cuda"
+
+
+def capture(call, generator=None):
+    """A function that does what call() does, as a CUDA graph: one launch for hundreds of kernels, each of which takes longer to
+    launch than to run.
+
+    The first call runs as it is, the second is recorded, and from then on the recording is replayed: the same kernels, at the same
+    addresses. So shapes must be fixed, the host must not look at any result, and state must be changed in place. The coins
+    of every replay are new, since the graph knows the generator.
+    """
+    graph, warm, out = torch.cuda.CUDAGraph(), False, None
+    if isinstance(generator, torch.Generator):
+        graph.register_generator_state(generator)
+
+    def replay():
+        nonlocal warm, out
+        if not warm:
+            warm = True
+            return call()
+        if out is None:
+            with torch.cuda.graph(graph):
+                out = call()
+        graph.replay()
+        return [x.clone() if isinstance(x, torch.Tensor) else x for x in out]  # the next replay overwrites them
+
+    return replay
+
+
+@torch.inference_mode()
+def passes(model, B, length, most):
+    """{n: a function that runs the model over n tokens in each of B rows, behind a cache that holds `length` tokens}, n = 1..most."""
+    tokens = torch.zeros(B, max(most, length), dtype=torch.int64, device=model.wte.weight.device)
+    fixed = has_graphs(tokens.device)
+    cache = model.new_cache(B, length + most, fixed)
+    model(tokens[:, :length], cache)
+    start = cache.length.clone()
+
+    @torch.inference_mode()
+    def run(n):
+        model(tokens[:, :n], cache)
+        cache.rollback(start)
+        return ()
+
+    calls = {n: functools.partial(run, n) for n in range(1, most + 1)}
+    return {n: capture(call) for n, call in calls.items()} if fixed else calls
+
+
+def pass_times(model, B, length, most):
+    """Seconds of a pass over 1, 2, .., most+1 tokens in each of B rows, most >= 2: a straight line from two tokens on.
+
+    Timed one by one they would scatter by more than another token costs, and a choice of k would follow the luckiest.
+    """
+    run = passes(model, B, length, most + 1)
+    times = time_calls({n: run[n] for n in (1, 2, most + 1)}, 20, list)
+    one, two, last = (t * statistics.median(times[1]) for t in relative(times).values())
+    return [one] + [two + (last - two) * i / (most - 1) for i in range(most)]
+
+
+def time_calls(calls, repeats, average=statistics.median):
+    """{name: function} -> {name: seconds of a call, on average}. The functions take turns, since the speed of a machine drifts.
+
+    Each is called twice at its turn, and timed the second time: the first finds the caches full of other things.
+    """
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            call()
+            start = now()
+            call()
+            times[name].append(now() - start)
+    return {name: average(t) for name, t in times.items()}
+
+
+def relative(times):
+    """{name: [seconds, turn by turn]} -> {name: median of its time over the first name's}.
+
+    What disturbs a turn disturbs all who run in it: so ratios within a turn vary less than times do.
+    """
+    first, *_ = times.values()
+    return {name: statistics.median(map(operator.truediv, t, first)) for name, t in times.items()}

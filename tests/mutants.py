@@ -223,8 +223,8 @@ CATALOGUE = [
     # -- Q: graphs
     Mutant("Q1", "a graph writes to memory that the next replay does not read", "-", "kvcache.py", "self.length += T", "self.length = self.length + T", "graphs"),
     Mutant("Q2", "a graph of guesses knows nothing of the plain rounds before it", "-", "specdec.py", "if fixed and not (n and plain) else", "if fixed else", "graphs"),
-    Mutant("Q3", "every replay with the coins of the first", "-", "specdec.py", "        graph.register_generator_state(generator)\n", "        pass\n", "graphs"),
-    Mutant("Q4", "a replay overwrites what the last one returned", "-", "specdec.py", "x.clone() if isinstance(x, torch.Tensor) else x for x in out", "x for x in out", "graphs"),
+    Mutant("Q3", "every replay with the coins of the first", "-", "model.py", "        graph.register_generator_state(generator)\n", "        pass\n", "graphs"),
+    Mutant("Q4", "a replay overwrites what the last one returned", "-", "model.py", "x.clone() if isinstance(x, torch.Tensor) else x for x in out", "x for x in out", "graphs"),
     Mutant("Q5", "coupled: every replay with the noise of the first position", "-", "specdec.py", "generator.here += 1", "generator.here = generator.here + 1", "graphs"),
     Mutant("Q6", "a number copied from the host inside a graph", "-", "specdec.py",
            "(target_x / draft_x).masked_fill(~(draft_x > 0), 0)", "torch.where(draft_x > 0, target_x / draft_x, 0)", "graphs"),
@@ -291,7 +291,7 @@ CATALOGUE = [
     Mutant("P8b", "auto: one slow round ends guessing for good", "-", "specdec.py", "map(statistics.median, zip(*self.costs))", "map(statistics.mean, zip(*self.costs))", "decoding -k slow"),
     Mutant("P8c", "auto: a slow minute ends guessing for good", "-", "specdec.py", "self.guess += 0.05 * (self.times[0] / 10 - self.guess)", "pass", "decoding -k slow"),
     Mutant("P8d", "auto: the price of a round is taken for that of a guess", "-", "specdec.py", 'r.seconds["draft"] / (r.size - 1)', 'r.seconds["draft"]', "decoding -k slow"),
-    Mutant("P8e", "passes are timed against the line's wrong end", "-", "specdec.py", "(last - two) * i / (most - 1)", "(last - two) * i / most", "decoding -k pass_times"),
+    Mutant("P8e", "passes are timed against the line's wrong end", "-", "model.py", "(last - two) * i / (most - 1)", "(last - two) * i / most", "decoding -k pass_times"),
     Mutant("P8", "auto: the past never fades", "-", "specdec.py",
            "        self.evaluated += 0.05 * (5.0 - self.evaluated)\n", "", "decoding"),
     # -- K: numbers

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import specdec
 from conftest import make_gpt
-from model import DraftHeads
+from model import DraftHeads, pass_times
 from specdec import AutoK, FixedK, HeadsDrafter, ModelDrafter, NGramDrafter, Stats, TreeDrafter, generate, rounds
 from test_kvcache import poison
 
@@ -359,8 +359,8 @@ def test_auto_k_tries_again_after_a_while():
 def test_pass_times_by_hand(monkeypatch):
     """Over one token 2 at the median of the turns, over two 1.5 times that, over seven twice; between those a straight line."""
     turns = {1: [1.0, 2, 4], 2: [1.5, 3, 6], 7: [2.0, 4, 20]}
-    monkeypatch.setattr(specdec, "time_calls", lambda calls, *_: {n: turns[n] for n in calls})
-    assert specdec.pass_times(TARGET, 1, 5, 6) == pytest.approx([2, 3, 3.2, 3.4, 3.6, 3.8, 4])
+    monkeypatch.setattr("model.time_calls", lambda calls, *_: {n: turns[n] for n in calls})
+    assert pass_times(TARGET, 1, 5, 6) == pytest.approx([2, 3, 3.2, 3.4, 3.6, 3.8, 4])
 
 
 @pytest.mark.parametrize("k", [4, "tree"])

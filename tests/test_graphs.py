@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import specdec
 import test_law
+from model import pass_times
 from specdec import FixedK, ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds
 from test_decoding import DRAFT, DRAFTERS, PROMPTS, TARGET, make_heads
 
@@ -85,7 +86,8 @@ class Recording(TorchDispatchMode):
 def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
-    monkeypatch.setattr(specdec, "has_graphs", lambda device: True)
+    for module in ("model", "specdec"):
+        monkeypatch.setattr(f"{module}.has_graphs", lambda device: True)
     GRAPHS.clear()
 
 
@@ -175,7 +177,7 @@ def test_coins_of_an_unknown_generator_are_refused(monkeypatch):
 
 
 def test_timed_passes_are_replays():
-    times = specdec.pass_times(TARGET, 2, 9, 4)
+    times = pass_times(TARGET, 2, 9, 4)
     assert len(times) == 5 and min(times) > 0
     assert len([graph for graph in GRAPHS if graph.replays > 30]) == 3
 
