@@ -16,7 +16,7 @@ class KVCache:
 
     k, v:    (n_layer, B, n_head, max_length, head_dim); slot t of row b belongs to the token at position t, but for the
              nodes of a tree, until `keep` has put those on the accepted path in order
-    length:  (B,) int64, the number of tokens that each row holds; changed in place
+    length:  (B,) int64, the number of tokens that each row holds; changed in place, so clone it to remember it
     fixed:   every pass looks at all max_length slots, most of them masked, and the host never asks for a length: then all passes
              over T tokens are the same sequence of operations, which a GPU can replay (`capture` in specdec.py)
 

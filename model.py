@@ -314,31 +314,31 @@ class Moment:
 
 
 def has_graphs(device):
-    return device.type == "cuda"
+    return device.type == "cuda" and device.index == torch.cuda.current_device()
 
 
 def capture(call, generator=None):
     """A function that does what call() does, as a CUDA graph: one launch for hundreds of kernels, each of which takes longer to
     launch than to run.
 
-    The first call runs as it is, the second is recorded, and from then on the recording is replayed: the same kernels, at the same
+    The first call runs as it is, and is then recorded; from then on the recording is replayed: the same kernels, at the same
     addresses. So shapes must be fixed, the host must not look at any result, and state must be changed in place. The coins
     of every replay are new, since the graph knows the generator.
     """
-    graph, warm, out = torch.cuda.CUDAGraph(), False, None
+    graph, recorded = torch.cuda.CUDAGraph(), None
     if isinstance(generator, torch.Generator):
         graph.register_generator_state(generator)
 
+    @torch.inference_mode()
     def replay():
-        nonlocal warm, out
-        if not warm:
-            warm = True
-            return call()
-        if out is None:
+        nonlocal recorded
+        if recorded is None:
+            first = call()
             with torch.cuda.graph(graph):
-                out = call()
+                recorded = call()  # nothing happens yet
+            return first
         graph.replay()
-        return [x.clone() if isinstance(x, torch.Tensor) else x for x in out]  # the next replay overwrites them
+        return [x.clone() if isinstance(x, torch.Tensor) else x for x in recorded]  # the next replay overwrites them
 
     return replay
 

@@ -143,19 +143,21 @@ def plain_rounds(target, prompt, max_new_tokens, law, eos, generator):
     newest, going = prompt[:, -1:].clone(), torch.ones_like(prompt[:, 0])
 
     def one_round():
-        start = now()
+        ready = now()
         logits, _ = target(newest, cache)
         passed = now()
         probs = law(logits)
-        newest.copy_(categorical(probs[:, 0], generator)[:, None])
         if isinstance(generator, Noise):
-            generator.here += 1
-        return newest.clone(), probs, (start, start, passed, now())
+            generator.here = cache.length - T
+        token = categorical(probs[:, 0], generator)[:, None]
+        newest.copy_(token)
+        return token, probs, (ready, passed)
 
     one_round = capture(one_round, generator) if fixed else one_round
     for _ in range(max_new_tokens):
+        start = now()
         token, probs, times = one_round()
-        yield Round(token, going, torch.zeros_like(going), probs, probs[:, :0], 1, spent(*times))
+        yield Round(token, going, torch.zeros_like(going), probs, probs[:, :0], 1, spent(start, *times, now()))
         if eos is not None:
             going = going * (token[:, 0] != eos)
             if not going.any():
@@ -164,8 +166,8 @@ def plain_rounds(target, prompt, max_new_tokens, law, eos, generator):
 
 def spent(start, ready, scored, end, drafting=()):
     """The seconds of a `Round`, from its moments; drafting: pairs of them."""
-    draft, verify = sum(end - start for start, end in drafting), scored - ready
-    return {"draft": draft, "verify": verify, "rest": end - start - draft - verify}
+    total, verify, draft = end - start, scored - ready, sum(end - start for start, end in drafting)
+    return {"draft": draft, "verify": verify, "rest": total - verify - draft}
 
 
 # -- the rules ---------------------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def at(x, i):
 def ratio(target_probs, draft_probs, tokens):
     """target / draft at the tokens: laws (..., V), tokens (...). 0 where there was no guess, or a broken one (NaN)."""
     target_x, draft_x = (probs.gather(-1, tokens[..., None])[..., 0] for probs in (target_probs, draft_probs))
-    return (target_x / draft_x).masked_fill(~(draft_x > 0), 0)
+    return torch.where(draft_x > 0, target_x / draft_x, 0)
 
 
 def residual(target_probs, draft_probs):
@@ -231,7 +233,7 @@ def verify_block(target_probs, draft_probs, draft_tokens, generator=None):
     draft_probs = F.pad(draft_probs.nan_to_num(0), (0, 0, 0, 1))  # no guess, or a broken one: then h_i = w_i, as for i = k
     weighted = weight[..., None] * target_probs
     mass = (weighted - draft_probs).clamp_(min=0).sum(-1)  # Z_i, (B, k+1)
-    h = (mass / (mass + 1 - weight)).masked_fill(~(weight < 1), 1)
+    h = torch.where(weight < 1, mass / (mass + 1 - weight), 1)
     kept = F.pad(bernoulli(h[:, 1:], generator), (1, 0), value=True)
     n_accepted = (kept * torch.arange(len(weights), device=kept.device)).amax(1)  # the *last* one kept, whatever came before it
     return n_accepted, categorical(residual(at(weighted, n_accepted), at(draft_probs, n_accepted)), generator)
@@ -298,10 +300,10 @@ class Drafter:
 
     extra = 0  # nodes of a tree, for which the caches need room
     tree = None  # of this round's guesses, (N+1, N+1), see `ancestors`; None: they are a chain
-    graphs = True  # whether all rounds of k guesses are the same operations, given caches of fixed shapes
+    graphs = False  # whether all rounds of k guesses are the same operations, given caches of fixed shapes
     # Kept up to date by the loop:
     going = True  # (B,) bool, rows that have not ended
-    unread = 1  # tokens that the drafter's cache may lack, at most
+    unread = None  # where shapes are fixed: how many tokens the drafter's cache lacks, at most. The host must not look then
     spans = ()  # when passes were made in this round: pairs of moments
 
     def check(self, target, length):
@@ -338,14 +340,14 @@ class Drafter:
         """
 
 
-def catch_up(cache, length, most, read):
+def catch_up(cache, length, unread, read):
     """Let read(positions (B, n)) read what the cache lacks of the first `length` (B,) tokens. -> what it says at the last one, (B, 1, ..).
 
     A draft model lacks the newest token, and the last guess of the round before if all were accepted, since nobody has read
     that one yet. Where another row lacks more, the difference is read again; and in a row that is shorter than that the newest
-    token is read several times, which is then forgotten. Where shapes are fixed, `most` tokens are read, needed or not.
+    token is read several times, which is then forgotten. `unread`, if given, is how many are read, needed or not.
     """
-    n = most if cache.fixed else (length - cache.length).max().item()
+    n = unread or (length - cache.length).max().item()
     start = (length - n).clamp(min=0)
     cache.rollback(start)
     out = read((start[:, None] + torch.arange(n, device=length.device)).minimum(length[:, None] - 1))
@@ -355,6 +357,8 @@ def catch_up(cache, length, most, read):
 
 class ModelDrafter(Drafter):
     """Guesses with a small GPT of the same vocabulary."""
+
+    graphs = True
 
     def __init__(self, model):
         self.model = model
@@ -387,13 +391,12 @@ class NGramDrafter(Drafter):
     certainty, so a guess x is accepted with probability target(x), and the residual is the target's law without x.
     """
 
+    graphs = True
+
     def __init__(self, max_n=3):
         if max_n < 1:
             raise ValueError(f"max_n is {max_n}; it must be at least 1")
-        self.max_n, self.fixed = max_n, False
-
-    def start(self, prompt, max_length, hidden, target_cache):
-        self.fixed = target_cache.fixed
+        self.max_n = max_n
 
     def propose(self, text, length, k, law, generator):
         start = now()
@@ -405,7 +408,7 @@ class NGramDrafter(Drafter):
             match = (windows == last[:, None]).all(-1) & (end < length[:, None])
             behind = torch.where(match.any(1), (match * end).amax(1), behind)
         found = ((behind > 0) & self.going)[:, None]
-        k = k if self.fixed or found.any() else 0
+        k = k if self.unread or found.any() else 0
         # What follows may reach the end of the text; then it goes on as a loop would.
         step = torch.arange(k, device=text.device)[None] % (length - behind)[:, None]
         tokens = text.gather(1, behind[:, None] + step) * found
@@ -479,8 +482,6 @@ class TreeDrafter(Drafter):
     Siblings are drawn without replacement. Where a law has no mass left for another child, as at temperature 0 after the
     first, the best untried token follows with certainty; top=True does that from the first child on.
     """
-
-    graphs = False
 
     def __init__(self, drafter, widths, top=False):
         self.drafter, self.shape, self.top = drafter, tuple(widths), top
@@ -580,15 +581,16 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
     cache = target.new_cache(B, text.shape[1] + drafter.extra, fixed)
     _, hidden = target(prompt[:, :-1], cache)
     drafter.start(prompt, text.shape[1] + drafter.extra, hidden, cache)
+    kept = vars(drafter).copy()  # noqa: F841. A graph writes to these buffers, even if the drafter meanwhile starts elsewhere
 
-    def one_round(k):
-        start, room = now(), end - length
+    def one_round(n_guesses):
+        room = end - length
         if isinstance(generator, Noise):
             generator.here = length - T
         drafter.going, drafter.spans = room > 0, ()
 
         # 1. Guess.
-        draft_tokens, draft_probs = drafter.propose(text, length, k, law, generator)
+        draft_tokens, draft_probs = drafter.propose(text, length, n_guesses, law, generator)
 
         # 2. Score: target_probs[:, i] is the law after guess i; at 0, after the newest token.
         tokens = torch.cat((text.gather(1, length[:, None] - 1), draft_tokens), 1)
@@ -621,20 +623,20 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         drafter.commit(length, n_new, hidden)
         length.add_(n_new)
         cache.rollback(length - 1)
-        return tokens, n_new, n_accepted, target_probs, draft_probs, size, (start, ready, scored, now(), drafter.spans)
+        return tokens, n_new, n_accepted, target_probs, draft_probs, size, (ready, scored), drafter.spans
 
-    graph = functools.cache(lambda k: capture(functools.partial(one_round, k), generator))
-    plain = 0  # rounds in a row without guesses: the drafter has not followed, and no graph knows how much it has to read
+    graph = functools.cache(lambda n_guesses: capture(functools.partial(one_round, n_guesses), generator))
+    behind, start = False, now()  # behind: after rounds without guesses the drafter may lack more than a graph would read
     while (most := (room := end - length).max().item()) > 0:
         n = k.choose(room)
-        drafter.unread = k.most + 1 + plain
+        drafter.unread = k.most + 1 if fixed and not (n and behind) else None
         # The rule adds one token, so no row has room for more than most - 1 guesses. (A graph has one shape, and guesses in vain.)
-        run = graph(n) if fixed and not (n and plain) else functools.partial(one_round, min(n, most - 1))
-        plain = 0 if n else plain + 1
-        *out, times = run()
-        r = Round(*out, spent(*times))
+        *out, times, drafting = graph(n)() if drafter.unread else one_round(min(n, most - 1))
+        behind = n == 0
+        r = Round(*out, spent(start, *times, now(), drafting))
         k.add(r)
         yield r
+        start = now()
 
 
 @dataclass
@@ -849,7 +851,10 @@ def find_device(name=None):
     """A device by name; without one, the GPU where there is one. ValueError: it cannot be used here."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, dtype=torch.float64, device=device).item()  # in which `categorical` draws
+        probe = torch.zeros(1, dtype=torch.float64, device=device)  # in which `categorical` draws
+        if probe.is_cuda:
+            torch.cuda.set_device(probe.device)  # events and graphs belong to the current one
+        probe.item()
         return device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         raise ValueError(f"there is no device {name!r} here") from None

@@ -17,7 +17,7 @@ from test_decoding import DRAFT, DRAFTERS, PROMPTS, TARGET, make_heads
 
 GRAPHS = []
 LOOKS = ("aten.item", "aten.is_nonzero", "aten._local_scalar_dense", "aten.resolve_conj")  # the last: tolist
-COPIES = ("aten.scalar_tensor", "aten.lift_fresh", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")  # from the host
+COPIES = ("aten.lift_fresh",)  # from the host: how torch.tensor and torch.as_tensor begin
 
 
 def tensors(*args):
@@ -38,7 +38,6 @@ class Graph:
     def register_generator_state(self, generator):
         self.generators.append(generator)
 
-    @torch.inference_mode()  # a graph asks for no mode
     def replay(self):
         self.replays += 1
         for function, args, kwargs, out in self.operations:
@@ -102,8 +101,7 @@ ALL = DRAFTERS["small_model"], DRAFTERS["always_right"], NGramDrafter, make_head
 
 
 @pytest.mark.parametrize("make", [lambda: None, *ALL], ids=["plain", "small_model", "always_right", "ngram", "heads"])
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS, PROMPTS[:, :1]], ids=["one_row", "batch", "one_token"])
-@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("prompts, temperature", [(PROMPTS, 0), (PROMPTS, 1), (PROMPTS[:, :1], 0)], ids=["greedy", "sampled", "from_one_token"])
 def test_replayed_rounds_are_the_rounds(make, prompts, temperature):
     """A round is recorded once, and its replays, with new coins each, are what the loop would have done."""
     for eos in (None, 2):
@@ -155,6 +153,11 @@ def test_every_k_has_a_graph_of_its_own(make):
     if make is DRAFTERS["always_right"]:
         assert result.stats.acceptance_rate == 1
     assert result.stats.acceptance_rate == pytest.approx(other.stats.acceptance_rate, abs=0.1)  # it knows all that it should
+
+
+def test_a_graph_reads_all_that_the_draft_may_lack():
+    result = generate(TARGET, PROMPTS, 40, drafter=ModelDrafter(TARGET), k=1, seed=0)
+    assert result.stats.acceptance_rate == 1
 
 
 def test_what_follows_from_results_is_no_graph():
