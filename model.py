@@ -323,7 +323,8 @@ def capture(call, generator=None):
 
     The first call runs as it is, and is then recorded; from then on the recording is replayed: the same kernels, at the same
     addresses. So shapes must be fixed, the host must not look at any result, and state must be changed in place. The coins
-    of every replay are new, since the graph knows the generator.
+    of every replay are new, since the graph knows the generator. With what call() returns comes the moment when that was done:
+    to record it takes time as well, but once.
     """
     graph, recorded = torch.cuda.CUDAGraph(), None
     if isinstance(generator, torch.Generator):
@@ -333,12 +334,13 @@ def capture(call, generator=None):
     def replay():
         nonlocal recorded
         if recorded is None:
-            first = call()
+            out, done = call(), now()
             with torch.cuda.graph(graph):
                 recorded = call()  # nothing happens yet
-            return first
+            return *out, done
         graph.replay()
-        return [x.clone() if isinstance(x, torch.Tensor) else x for x in recorded]  # the next replay overwrites them
+        out = (x.clone() if isinstance(x, torch.Tensor) else x for x in recorded)  # the next replay overwrites them
+        return *out, now()
 
     return replay
 

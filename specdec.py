@@ -153,11 +153,11 @@ def plain_rounds(target, prompt, max_new_tokens, law, eos, generator):
         newest.copy_(token)
         return token, probs, (ready, passed)
 
-    one_round = capture(one_round, generator) if fixed else one_round
+    run = capture(one_round, generator) if fixed else lambda: (*one_round(), now())
     for _ in range(max_new_tokens):
         start = now()
-        token, probs, times = one_round()
-        yield Round(token, going, torch.zeros_like(going), probs, probs[:, :0], 1, spent(start, *times, now()))
+        token, probs, times, end = run()
+        yield Round(token, going, torch.zeros_like(going), probs, probs[:, :0], 1, spent(start, *times, end))
         if eos is not None:
             going = going * (token[:, 0] != eos)
             if not going.any():
@@ -581,7 +581,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
     cache = target.new_cache(B, text.shape[1] + drafter.extra, fixed)
     _, hidden = target(prompt[:, :-1], cache)
     drafter.start(prompt, text.shape[1] + drafter.extra, hidden, cache)
-    kept = vars(drafter).copy()  # noqa: F841. A graph writes to these buffers, even if the drafter meanwhile starts elsewhere
+    kept = vars(drafter).copy()  # a graph writes to these buffers, even if the drafter meanwhile starts elsewhere
 
     def one_round(n_guesses):
         room = end - length
@@ -631,9 +631,9 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         n = k.choose(room)
         drafter.unread = k.most + 1 if fixed and not (n and behind) else None
         # The rule adds one token, so no row has room for more than most - 1 guesses. (A graph has one shape, and guesses in vain.)
-        *out, times, drafting = graph(n)() if drafter.unread else one_round(min(n, most - 1))
+        *out, times, drafting, done = graph(n)() if drafter.unread else (*one_round(min(n, most - 1)), now())
         behind = n == 0
-        r = Round(*out, spent(start, *times, now(), drafting))
+        r = Round(*out, spent(start, *times, done, drafting))
         k.add(r)
         yield r
         start = now()

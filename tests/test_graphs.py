@@ -187,7 +187,7 @@ def test_timed_passes_are_replays():
 
 def test_the_exact_law_with_fixed_shapes(monkeypatch):
     """The same operations as in a graph, but with every outcome tried: that needs a host that looks."""
-    monkeypatch.setattr(specdec, "capture", lambda call, generator=None: call)
+    monkeypatch.setattr(specdec, "capture", lambda call, generator=None: lambda: (*call(), 0.0))
     test_law.test_with_an_eos(2, 2, 4)
     after = torch.tensor([[[0.7, 0.3], [1.0, 0.0]], [[0.4, 0.6], [1.0, 0.0]]])  # laws after token 0 and after 1, of target and draft
     target, draft = (test_law.TableModel(law.expand(8, 2, 2)) for law in after)
