@@ -18,7 +18,7 @@ class KVCache:
              nodes of a tree, until `keep` has put those on the accepted path in order
     length:  (B,) int64, the number of tokens that each row holds; changed in place, so clone it to remember it
     fixed:   every pass looks at all max_length slots, most of them masked, and the host never asks for a length: then all passes
-             over T tokens are the same sequence of operations, which a GPU can replay (`capture` in specdec.py)
+             over T tokens are the same sequence of operations, which a GPU can replay (`capture` in model.py)
 
     One pass of a model over T new tokens calls `extend(T)` once, then `write` once per layer.
     """
@@ -44,7 +44,7 @@ class KVCache:
         tree (T, M) bool, if the T tokens are the last of a tree of M, of which M - T are in the cache already: [t, m], whether
         m is an ancestor of t, or t itself. Its position follows from the number of those, so siblings share one.
         """
-        lengths = [0, len(self._slot) - T] if self.fixed else self.length.tolist()
+        lengths = [0, max(0, len(self._slot) - T)] if self.fixed else self.length.tolist()
         shortest, longest = min(lengths), max(lengths)
         S = longest + T
         if S > len(self._slot):

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import specdec
 import test_law
-from model import pass_times
+from model import now, pass_times
 from specdec import FixedK, ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds
 from test_decoding import DRAFT, DRAFTERS, PROMPTS, TARGET, make_heads
 
@@ -192,3 +192,27 @@ def test_the_exact_law_with_fixed_shapes(monkeypatch):
     after = torch.tensor([[[0.7, 0.3], [1.0, 0.0]], [[0.4, 0.6], [1.0, 0.0]]])  # laws after token 0 and after 1, of target and draft
     target, draft = (test_law.TableModel(law.expand(8, 2, 2)) for law in after)
     test_law.assert_same_law(target, draft, [[0], [1]], 4, 1)
+
+
+def test_moments_of_a_gpu(monkeypatch):
+    """Events of CUDA, which count in milliseconds and must be waited for."""
+    clock = [1000.0, 1250.0]
+
+    class Event:
+        def __init__(self, enable_timing, external):
+            assert enable_timing and external
+
+        def record(self):
+            self.time = clock.pop(0)
+
+        def synchronize(self):
+            self.reached = True
+
+        def elapsed_time(self, end):
+            assert end.reached
+            return end.time - self.time
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    start, end = now(), now()
+    assert end - start == 0.25
