@@ -739,17 +739,15 @@ class AutoK(FixedK):
         self.costs = deque([(self.guess, self.rest)] * 3, maxlen=15)
 
     def choose(self, room):
-        alpha, unlucky = self.accepted / self.evaluated, math.sqrt(2 * math.log((room > 0).sum().item()))
-        most = room.max().item()
-
-        def seconds(k):
-            tau = expected_tokens(alpha, k)
-            # tokens N of a round: P(N > i) = alpha^i for i <= k, and E[N^2] = sum (2i + 1) P(N > i)
-            variance = sum((2 * i + 1) * alpha**i for i in range(k + 1)) - tau**2
-            n_rounds = most / tau + unlucky * math.sqrt(most / tau * max(0, variance)) / tau
-            return n_rounds * (self.times[k] + k * self.guess + self.rest if k else 0.95 * self.times[0])
-
-        return min(range(self.most + 1), key=seconds)
+        going = [tokens for tokens in room.tolist() if tokens]
+        alpha, most, unlucky = self.accepted / self.evaluated, max(going), math.sqrt(2 * math.log(len(going)))
+        seconds, tau, square = [], 0.0, 0.0
+        for k in range(self.most + 1):
+            # Tokens N of a round: P(N > i) = alpha^i for i <= k, so tau = E[N] = sum P(N > i), and E[N^2] = sum (2i + 1) P(N > i).
+            tau, square = tau + alpha**k, square + (2 * k + 1) * alpha**k
+            n_rounds = most / tau + unlucky * math.sqrt(most / tau * max(0, square - tau**2)) / tau
+            seconds.append(n_rounds * (self.times[k] + k * self.guess + self.rest if k else 0.95 * self.times[0]))
+        return seconds.index(min(seconds))
 
     def add(self, r):
         self.accepted += 0.05 * (3.0 - self.accepted)
