@@ -191,7 +191,7 @@ def test_the_exact_law_with_fixed_shapes(monkeypatch):
     test_law.test_with_an_eos(2, 2, 4)
     after = torch.tensor([[[0.7, 0.3], [1.0, 0.0]], [[0.4, 0.6], [1.0, 0.0]]])  # laws after token 0 and after 1, of target and draft
     target, draft = (test_law.TableModel(law.expand(8, 2, 2)) for law in after)
-    test_law.assert_same_law(target, draft, [[0], [1]], 4, 1)
+    test_law.assert_same_law(target, draft, [[0], [1]], 3, 1)
 
 
 def test_moments_of_a_gpu(monkeypatch):
