@@ -412,10 +412,9 @@ class NGramDrafter(Drafter):
         # What follows may reach the end of the text; then it goes on as a loop would.
         step = torch.arange(k, device=text.device)[None] % (length - behind)[:, None]
         tokens = text.gather(1, behind[:, None] + step) * found
-        probs = torch.zeros(*tokens.shape, self.vocab_size, device=text.device)
-        probs.scatter_(2, tokens[..., None], found[..., None].float().expand_as(tokens[..., None]))
+        probs = (tokens[..., None] == torch.arange(self.vocab_size, device=text.device)) & found[..., None]
         self.spans = [*self.spans, (start, now())]
-        return tokens, probs
+        return tokens, probs.float()
 
 
 class HeadsDrafter(Drafter):
@@ -741,10 +740,10 @@ class AutoK(FixedK):
     def choose(self, room):
         going = [tokens for tokens in room.tolist() if tokens]
         alpha, most, unlucky = self.accepted / self.evaluated, max(going), math.sqrt(2 * math.log(len(going)))
-        seconds, tau, square = [], 0.0, 0.0
+        seconds, square = [], 0.0
         for k in range(self.most + 1):
             # Tokens N of a round: P(N > i) = alpha^i for i <= k, so tau = E[N] = sum P(N > i), and E[N^2] = sum (2i + 1) P(N > i).
-            tau, square = tau + alpha**k, square + (2 * k + 1) * alpha**k
+            tau, square = expected_tokens(alpha, k), square + (2 * k + 1) * alpha**k
             n_rounds = most / tau + unlucky * math.sqrt(most / tau * max(0, square - tau**2)) / tau
             seconds.append(n_rounds * (self.times[k] + k * self.guess + self.rest if k else 0.95 * self.times[0]))
         return seconds.index(min(seconds))

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
-from model import GPT, DraftHeads, GPTConfig, fingerprint, make_encoding, save_checkpoint, save_heads, target_state_size, target_states, time_calls
+from model import GPT, DraftHeads, GPTConfig, fingerprint, make_encoding, save_checkpoint, save_heads
+from model import target_state_size, target_states, time_calls
 from specdec import CHECKPOINTS, Parser, find_device, load_pair, rounds
 
 

@@ -228,12 +228,14 @@ CATALOGUE = [
     Mutant("Q5", "coupled: every replay with the noise of the first position", "-", "specdec.py", "generator.here = cache.length - T", "generator.here = torch.zeros_like(generator.row)", "graphs"),
     Mutant("Q6", "a number copied from the host inside a graph", "-", "model.py", "cache.rollback(start)", "cache.rollback(length)", "graphs"),
     Mutant("Q7", "with fixed shapes the drafter reads too little", "-", "specdec.py", "drafter.unread = k.most + 1 if", "drafter.unread = k.most if", "graphs"),
+    Mutant("Q8", "to record a graph is part of a round's time", "-", "model.py", "return *out, done", "return *out, now()", "graphs"),
+    Mutant("Q9", "heads that stop by confidence in a graph", "-", "specdec.py", "heads, times, times is None", "heads, times, True", "graphs"),
     # -- J: n-gram lookup
     Mutant("J2", "the last tokens match themselves", "-", "specdec.py", "(end < length[:, None])", "(end <= length[:, None])", "drafter"),
     Mutant("J3", "guesses from behind the end of the text", "-", "specdec.py", "[None] % (length - behind)[:, None]", "[None] + 0 * behind[:, None]", "drafter"),
     Mutant("J4", "the shortest match wins", "-", "specdec.py", "for n in range(1, min(self.max_n, text.shape[1]) + 1):", "for n in range(min(self.max_n, text.shape[1]), 0, -1):", "drafter"),
     Mutant("J5", "a lookup that found nothing still guesses", "openvinotoolkit/openvino.genai#2331", "specdec.py",
-           "found[..., None].float().expand_as(tokens[..., None])", "torch.ones(*tokens.shape, 1)", "drafter"),
+           "device=text.device)) & found[..., None]\n", "device=text.device))\n", "drafter"),
     # -- I: trees
     Mutant("I2", "the best tokens judged as if they were sampled", "NVIDIA/TensorRT-LLM#15098", "specdec.py",
            "end : width] = sibling", "end : width] = law(logits) if self.top else sibling", "law"),

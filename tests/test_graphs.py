@@ -4,6 +4,8 @@ A graph holds kernels and addresses. Whatever the host decided or looked up whil
 nothing; a replay writes where the recorded run wrote; and only generators that it was told of give it new numbers.
 """
 
+import time
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -164,6 +166,18 @@ def test_what_follows_from_results_is_no_graph():
     for drafter in (make_heads(times=[1, 1.1, 1.2, 1.5]), TreeDrafter(ModelDrafter(DRAFT), (2, 1))):
         generate(TARGET, PROMPTS, 10, drafter=drafter, k=3, seed=0)
     assert not GRAPHS
+
+
+@pytest.mark.parametrize("drafter", [None, ModelDrafter(DRAFT)], ids=["plain", "model"])
+def test_to_record_is_not_part_of_a_round(drafter, monkeypatch):
+    class Slow(Recording):
+        def __enter__(self):
+            time.sleep(0.5)
+            return super().__enter__()
+
+    monkeypatch.setattr(torch.cuda, "graph", Slow)
+    times = [sum(r.seconds.values()) for r in rounds(TARGET, PROMPTS, 10, drafter, 2, seed=0)]
+    assert len(GRAPHS) == 1 and max(times) < 0.5
 
 
 @pytest.mark.parametrize("look", [lambda x: int(x.sum()), lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: bool(x.any())])
