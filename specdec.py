@@ -1,6 +1,6 @@
 """Speculative decoding, from scratch: the same text as the large model alone would write, in a fraction of the time.
 
-A large language model (the *target*) writes one token per pass, and a pass costs nearly the same for five tokens as for one:
+A large language model (the *target*) writes one token per pass, and a pass over five tokens costs little more than over one:
 its time goes into fetching weights and launching operations, not into arithmetic. So a small model (the *draft*) guesses k
 tokens, and the target checks all of them in one pass. A rule then keeps a prefix of the guesses and adds one token, with
 coins chosen so that the output has *exactly* the law of the target's own output. Good guesses make it fast; bad ones cannot
@@ -45,8 +45,9 @@ from model import now, pass_times, passes, relative, time_calls
 def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (..., V) -> the law that tokens are drawn from: same shape, sums to 1, float32 (float64 if the logits are).
 
-    temperature 0 puts everything on the best token. top_k keeps the k best tokens, top_p the fewest best tokens that
-    together reach that mass (Holtzman et al. 2019, arXiv 1904.09751); in this order, each renormalised.
+    temperature 0 puts everything on the best token; any above is good, however small. top_k keeps the k best tokens, of equal
+    ones any, top_p the fewest best tokens that together reach that mass (Holtzman et al. 2019, arXiv 1904.09751); in this
+    order, each renormalised.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if temperature == 0:
@@ -65,7 +66,7 @@ def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
     return probs
 
 
-# All chance comes from these two functions. (In the tests they are replaced, and every outcome is tried.)
+# All chance comes from these two functions, and theirs from `torch.rand`. (In the tests they are replaced, and every outcome is tried.)
 
 
 def bernoulli(probs, generator=None):
@@ -92,16 +93,17 @@ def categorical(probs, generator=None, ahead=0):
 
 
 class Noise:
-    """For the coupled rule: races whose u are a matter of row, position and token, whoever runs them, and however often.
+    """For the coupled rule: in the place of a generator, a table with one u for each row, position and token.
 
-    They follow from the seed, and from the sizes: with another number of rows, or another budget, the table is another one.
+    So whoever runs the race for some position of a row, and however often, it is the same race. The table follows from the
+    seed, and from the sizes: with another number of rows, or another budget, it is another one.
     """
 
     def __init__(self, generator, B, max_new_tokens, V):
         device = generator.device
         self.table = torch.rand(max_new_tokens, B, V, generator=generator, device=device, dtype=torch.float64).log_().clamp_(min=-1e3)
         self.row = torch.arange(B, device=device)
-        self.here = torch.zeros_like(self.row)  # how many tokens each row has written: kept up to date by the speculative loop
+        self.here = torch.zeros_like(self.row)  # how many tokens each row has written: kept up to date by both ways of decoding
 
     def log_u(self, ahead):
         """(B, V) for the new token here + ahead; for ahead (n,), the n of them: (B, n, V)."""
@@ -116,7 +118,7 @@ class Noise:
 class Round:
     """What one pass of the target came to, in each of B rows. Plain decoding is the case of no guesses, k = 0.
 
-    Of a token tree, the path that was accepted is told here; k is its depth, and what lies behind the accepted nodes is arbitrary.
+    Of a token tree only the accepted path is in it: k is the tree's depth, and what lies behind the accepted nodes is arbitrary.
     """
 
     tokens: torch.Tensor  # (B, k+1) int64: accepted guesses, then the rule's own token; the rest has no meaning
@@ -135,7 +137,10 @@ class Round:
 
 @torch.inference_mode()
 def plain_rounds(target, prompt, max_new_tokens, law, eos, generator):
-    """Decode with the target alone, a token per pass: the baseline, and the law that speculation must reproduce."""
+    """Decode with the target alone, a token per pass: the baseline, and the law that speculation must reproduce.
+
+    Yields a `Round` per token. A row that has ended emits no more; the batch ends with its last row. `Noise` is told `here`.
+    """
     B, T = prompt.shape
     fixed = has_graphs(prompt.device)
     cache = target.new_cache(B, T + max_new_tokens, fixed)
@@ -213,17 +218,20 @@ def ratio(target_probs, draft_probs, tokens):
 
 
 def residual(target_probs, draft_probs):
-    """norm(max(0, target - draft)), (..., V): what the target has and the draft did not offer."""
+    """norm(max(0, target - draft)), (..., V): what the target has and the draft did not offer. Nothing left, or NaN: the target's law."""
     left = (target_probs - draft_probs).clamp_(min=0)
     mass = left.sum(-1, keepdim=True)
-    # No mass (or NaN, which is not > 0 either): the laws are equal up to rounding, and any of their tokens is right.
+    # No mass (NaN is not > 0 either): the laws are equal up to rounding, and any of their tokens is right.
     return torch.where(mass > 0, left / mass, target_probs)
 
 
 def verify_block(target_probs, draft_probs, draft_tokens, generator=None):
     """Judge the k guesses as one block: Sun et al. 2024 (arXiv 2403.10444), Algorithm 2. Never keeps fewer than `verify` on average.
 
-    A guess that the target likes more than the draft does (ratio > 1) makes up for an earlier one that it likes less.
+    A guess that the target likes more than the draft does (ratio > 1) makes up for an earlier one that it likes less. With
+    target_i and draft_i the laws after i guesses, ratio_i that of guess i, and no draft_k (it is 0, as where a law is broken):
+        w_0 = 1,  w_i = min(1, w_{i-1} ratio_i),  Z_i = sum max(0, w_i target_i - draft_i),  h_i = Z_i / (Z_i + 1 - w_i)
+    A coin for each of h_1 .. h_k. Kept are the guesses up to the *last* yes, n of them; then one of norm(max(0, w_n target_n - draft_n)).
     """
     ratios = ratio(target_probs[:, :-1], draft_probs, draft_tokens).clamp(max=1e30)  # finite, for 0 times infinity is no number
     weights = [torch.ones_like(target_probs[:, 0, 0])]
@@ -233,9 +241,9 @@ def verify_block(target_probs, draft_probs, draft_tokens, generator=None):
     draft_probs = F.pad(draft_probs.nan_to_num(0), (0, 0, 0, 1))  # no guess, or a broken one: then h_i = w_i, as for i = k
     weighted = weight[..., None] * target_probs
     mass = (weighted - draft_probs).clamp_(min=0).sum(-1)  # Z_i, (B, k+1)
-    h = torch.where(weight < 1, mass / (mass + 1 - weight), 1)
+    h = torch.where(weight < 1, mass / (mass + 1 - weight), 1)  # of equal laws after w_i = 1: 0 / 0
     kept = F.pad(bernoulli(h[:, 1:], generator), (1, 0), value=True)
-    n_accepted = (kept * torch.arange(len(weights), device=kept.device)).amax(1)  # the *last* one kept, whatever came before it
+    n_accepted = (kept * torch.arange(len(weights), device=kept.device)).amax(1)
     return n_accepted, categorical(residual(at(weighted, n_accepted), at(draft_probs, n_accepted)), generator)
 
 
@@ -294,8 +302,8 @@ class Drafter:
     """What the loop asks of a drafter: check, start, propose, commit; for one prompt at a time. Most know one token's law at a time,
     and share `propose`.
 
-    Such a one has `begin(text, length)`: logits (B, 1, V) after the newest token; and `step(tokens, tree)`: after the tokens
-    just guessed, (B, n) -> (B, n, V).
+    Such a one has `begin(text, length)`, which reads all that it has not read of those tokens: logits (B, 1, V) after the newest;
+    and `step(tokens, tree)`, which reads the tokens just guessed, (B, n): logits (B, n, V) after each.
     """
 
     extra = 0  # nodes of a tree, for which the caches need room
@@ -314,7 +322,11 @@ class Drafter:
         """Read prompt (B, T) but for its newest token. hidden (B, T-1, D): the target's states there; its cache stays the same one."""
 
     def propose(self, text, length, k, law, generator):
-        """Guess up to k tokens after the first `length` (B,) tokens of each row of text: draft_tokens (B, k), draft_probs (B, k, V)."""
+        """Guess up to k tokens after the first `length` (B,) tokens of each row of text: draft_tokens (B, k), draft_probs (B, k, V).
+
+        The first by `begin`, the others by `step`, if `go_on` allows; for `categorical` they are `ahead` by 0, 1, .. For k = 0
+        nothing is read. Calls of models are `timed`.
+        """
         tokens, probs = [text[:, :0]], []
         while len(probs) < k and (not probs or self.go_on(len(probs))):
             logits = self.timed(self.step, tokens[-1]) if probs else self.timed(self.begin, text, length)
@@ -327,6 +339,7 @@ class Drafter:
         return True
 
     def timed(self, call, *args):
+        """call(*args), and a note of when that was, in `spans`."""
         start = now()
         out = call(*args)
         self.spans = [*self.spans, (start, now())]
@@ -344,8 +357,8 @@ def catch_up(cache, length, unread, read):
     """Let read(positions (B, n)) read what the cache lacks of the first `length` (B,) tokens. -> what it says at the last one, (B, 1, ..).
 
     A draft model lacks the newest token, and the last guess of the round before if all were accepted, since nobody has read
-    that one yet. Where another row lacks more, the difference is read again; and in a row that is shorter than that the newest
-    token is read several times, which is then forgotten. `unread`, if given, is how many are read, needed or not.
+    that one yet. All rows read as many as the one that lacks most: a row that lacks fewer reads some again. A row that does not
+    have so many reads its newest several times, and the cache forgets the copies. `unread`, if given, is how many, needed or not.
     """
     n = unread or (length - cache.length).max().item()
     start = (length - n).clamp(min=0)
@@ -399,6 +412,8 @@ class NGramDrafter(Drafter):
         self.max_n = max_n
 
     def propose(self, text, length, k, law, generator):
+        """As `Drafter.propose`. Where fewer than k tokens follow the match, they go on as a loop would. A row without a match, or that
+        has ended, gets draft_probs of 0; if no row has a guess, k is 0. (`unread` set: k stays.)"""
         start = now()
         behind = torch.zeros_like(length)  # where the longest, latest match so far ends
         for n in range(1, min(self.max_n, text.shape[1]) + 1):
@@ -409,7 +424,6 @@ class NGramDrafter(Drafter):
             behind = torch.where(match.any(1), (match * end).amax(1), behind)
         found = ((behind > 0) & self.going)[:, None]
         k = k if self.unread or found.any() else 0
-        # What follows may reach the end of the text; then it goes on as a loop would.
         step = torch.arange(k, device=text.device)[None] % (length - behind)[:, None]
         tokens = text.gather(1, behind[:, None] + step) * found
         probs = (tokens[..., None] == torch.arange(self.vocab_size, device=text.device)) & found[..., None]
@@ -567,9 +581,10 @@ def siblings(widths, device):
 def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eos, generator):
     """Decode with any drafter and any rule. Rows of a batch go at their own pace; a row that has ended has no room left.
 
-    After each round both caches hold prompt and output but for the newest token, and nothing else can be seen. (The drafter's may
-    hold less, as after a full acceptance, or a tree, or where heads read with the target's states: `catch_up` reads the rest.)
-    k chooses the number of guesses before each round: `FixedK`, `AutoK`. On a GPU a round is replayed as a whole: see `capture`.
+    After each round both caches hold prompt and output but for the newest token, and no model can see anything else. (The drafter's
+    may hold less, as after a full acceptance, or a tree, or where heads read with the target's states: `catch_up` reads the rest.)
+    k chooses the number of guesses before each round: `FixedK`, `AutoK`. On a GPU a round is replayed as a whole (`capture`);
+    `fixed`, `graph`, `behind` and `unread` are about that, and a first reading may skip them.
     """
     B, T = prompt.shape
     text = F.pad(prompt, (0, max_new_tokens + k.most + 1))  # output is written here, with room for guesses that are not kept
@@ -599,7 +614,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         target_probs = law(logits)
 
         # 3. Judge. Of a tree, go on with the path that was accepted.
-        if draft_tokens.shape[1] == 0:  # every rule comes to this, at several times the cost
+        if draft_tokens.shape[1] == 0:  # every rule for chains comes to this, at several times the cost
             n_accepted, next_token = torch.zeros_like(length), categorical(target_probs[:, 0], generator)
         elif drafter.tree is None:
             n_accepted, next_token = rule(target_probs, draft_probs, draft_tokens, generator)
@@ -775,7 +790,7 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
 
     drafter None is plain decoding; with a drafter the output has the same law, whatever the drafter and the rule, but for the
     rule that has "lossy" in its name. k: guesses per round, or "auto", which times 120 passes first (a second here: for many
-    prompts, give them an `AutoK` to share); a tree has its own. temperature, top_k, top_p: see `to_probs`. seed: equal seeds
+    prompts, give them an `AutoK` to share); for a tree its depth, whatever k is. temperature, top_k, top_p: see `to_probs`. seed: equal seeds
     give equal output, but for k="auto", which follows the clock; None takes a new one from the system. With rule="coupled" the
     output is, up to rounding, the same for every drafter, every k, and for None.
     ValueError: an argument is out of range, does not fit the target, or prompt and budget exceed a block_size.
@@ -903,7 +918,8 @@ def tell(story, encoding, prompt=""):
         marks = {"accepted guess": ("\033[32m", "\033[0m"), "correction": ("\033[31m", "\033[0m"), "bonus": ("\033[36m", "\033[0m")}
     else:
         marks = {"accepted guess": ("", ""), "correction": ("[-", "]"), "bonus": ("[+", "]")}
-    print("   ".join(before + origin + after for origin, (before, after) in marks.items()) + "\n")
+    legend = {"accepted guess": "", "correction": " of a rejected one", "bonus": " after all were accepted"}
+    print("   ".join(before + origin + after + legend[origin] for origin, (before, after) in marks.items()) + "\n")
     print(prompt, end="")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     stats = Stats()
@@ -1041,14 +1057,15 @@ def same_text(target, drafter, prompt, max_new_tokens, k, encoding, seed, temper
     return f"coupled rule, seed {seed}: the texts part at token {first}, {words}: {why}"
 
 
-GLOSSARY = """the rows             who guesses, how many tokens a round, and (below it) other rules and ways: README, "Who guesses, and who judges"
-tokens/s             after the prompt is read, all rows together; * marks the fastest
-speed-up             over plain decoding, in all (quartiles of the single turns, which differ by prompt)
+GLOSSARY = """the rows             who guesses, how many tokens a round, and (below it) other rules and ways: README, "Who guesses, and who judges";
+                     blind: not told the token just guessed; tree: the children of a node at each level
+tokens/s             after the prompt is read; of a batch, all texts together; * marks the fastest
+speed-up             over plain decoding: the ratio of the two tokens/s (and the quartiles of that ratio in single turns)
 predicted            tau x T(1) / (T(tokens in a pass) + draft + rest); T(n) = time of a target's pass over n tokens: T(1) as in plain
-                     decoding, the others timed alone
-alpha                acceptance rate: accepted / judged guesses; and, for a chain and the rejection rule, as the laws have it,
+                     decoding, the others timed alone, at other moments
+alpha                acceptance rate: accepted / judged guesses; and, for a chain and the rejection rule, what the laws let expect:
                      the mean of sum min(target, draft)
-tau                  tokens per pass of the target; theory for a chain of k guesses: (1 - alpha^(k+1)) / (1 - alpha)
+tau                  tokens per pass of the target; theory, if every round has k guesses: (1 - alpha^(k+1)) / (1 - alpha)
 draft, verify, rest  where the time goes: guessing, passes of the target, everything else"""
 
 
@@ -1224,7 +1241,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error))
     sys.stdout.reconfigure(errors="replace")
-    drafter, k, rule = list(rows.values())[1]  # who tells the story
+    who, (drafter, k, rule) = list(rows.items())[1]  # who tells the story
     if args.check:
         sys.exit(not check(target, rows, encoding, prompts[0][0], temperature=temperatures[0], **options))
 
@@ -1236,14 +1253,14 @@ def main(argv=None):
         print(f"{name:22} {weights:10,} weights in {shape}, {str(dtype)[6:]} on {where}")
     if args.sweep:
         return sweep(target, draft, rows, prompts, args.max_new_tokens, temperature=temperatures[0], **options)
-    print(f"\nThe prompt, then up to {args.max_new_tokens} new tokens, each marked by where it comes from:")
+    print(f"\nThe prompt, then up to {args.max_new_tokens} new tokens, each marked by where it comes from ({who}, temperature {temperatures[0]:g}):")
     options_1 = {"temperature": temperatures[0], **options}
     story = rounds(target, prompts[0][:1], args.max_new_tokens, drafter, k, rule, eos=encoding.eot_token, **options_1)
     stats = tell(story, encoding, texts[0])
     print(f"\n{stats.emitted} tokens in {stats.rounds} passes of the target.\n")
     if rule == "coupled" or "  coupled rule" in rows:
         print(same_text(target, drafter, prompts[0], args.max_new_tokens, k, encoding, **options_1) + "\n")
-    print(f"Now {len(prompts)} prompts, {args.max_new_tokens} new tokens each, by all in alternation:\n")
+    print(f"Now {len(prompts)} prompts, {args.max_new_tokens} new tokens each, by everyone in turns:\n")
     for temperature in temperatures:
         # At temperature 0 the exact rules are one and the same.
         some = {name: row for name, row in rows.items() if temperature or args.rule or row[2] == "rejection"}

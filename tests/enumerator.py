@@ -23,6 +23,7 @@ def outcomes(run):
             """An index into probs, the next one that is due."""
             nonlocal depth, weight
             possible = [i for i, p in enumerate(probs) if p > 0]
+            assert possible, f"no law, but {probs}: a draw has no possible outcome"
             if depth == len(script):
                 script.append([0, len(possible)])
             i = possible[script[depth][0]]

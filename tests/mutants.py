@@ -220,6 +220,8 @@ CATALOGUE = [
     Mutant("X8", "a coupled guess judged by the rejection rule as well", "-", "specdec.py",
            'leading((own[:, :k] == draft_tokens) &',
            'leading((own[:, :k] == draft_tokens) & (target_probs[:, :k] >= draft_probs).all(-1) &', "rules"),
+    Mutant("X9", "coupled: a token that nobody guessed counts as accepted", "-", "specdec.py",
+           'leading((own[:, :k] == draft_tokens) & guessed(draft_probs))', 'leading(own[:, :k] == draft_tokens)', "rules"),
     # -- Q: graphs
     Mutant("Q1", "a graph writes to memory that the next replay does not read", "-", "kvcache.py", "self.length += T", "self.length = self.length + T", "graphs"),
     Mutant("Q2", "a graph of guesses knows nothing of the plain rounds before it", "-", "specdec.py", "if fixed and not (n and behind) else", "if fixed else", "graphs"),

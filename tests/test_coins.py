@@ -31,7 +31,7 @@ def draws(monkeypatch):
 
 
 def test_no_coin_is_used_twice(draws):
-    """BUGS G1, G3: draft, acceptance and correction that share noise are each right alone and wrong together."""
+    """mutants.py G1, G3: draft, acceptance and correction that share noise are each right alone and wrong together."""
     text(0)
     assert len(draws) > 30
     assert len({state for state, _ in draws}) == len(draws)
@@ -40,7 +40,7 @@ def test_no_coin_is_used_twice(draws):
 
 
 def test_every_draw_has_a_number_for_every_row_and_guess(draws, monkeypatch):
-    """One u for a whole row or batch has the right law at each place and the wrong one jointly (BUGS G3)."""
+    """One u for a whole row or batch has the right law at each place and the wrong one jointly (mutants.py G3)."""
     for function in ("bernoulli", "categorical"):
         original = getattr(specdec, function)
 
@@ -55,8 +55,8 @@ def test_every_draw_has_a_number_for_every_row_and_guess(draws, monkeypatch):
 
 
 def test_u_0_everywhere_emits_nothing_impossible(monkeypatch):
-    """BUGS, blind spots: `<=` for `<` shows only when a coin falls on exactly 0."""
-    monkeypatch.setattr(torch, "rand", lambda shape, generator, device, dtype: torch.zeros(shape, dtype=dtype))
+    """`<=` for `<` shows only when a coin falls on exactly 0."""
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype=None, **_: torch.zeros(shape, dtype=dtype))
     for drafter in (True, False):
         assert text(0, drafter, temperature=0) == generate(TARGET, PROMPTS, 20, temperature=0).tokens
         kept = text(0, drafter, top_k=2)
@@ -67,7 +67,7 @@ def test_u_0_everywhere_emits_nothing_impossible(monkeypatch):
 
 @pytest.mark.parametrize("drafter", [True, False])
 def test_seeds_repeat_differ_and_leave_no_trace(drafter):
-    """BUGS G4, G6, G7: a second call in the same process is as the first; no global state is read or changed."""
+    """mutants.py G4, G6, G7: a second call in the same process is as the first; no global state is read or changed."""
     torch.manual_seed(123)
     before = torch.get_rng_state()
     first = text(0, drafter)

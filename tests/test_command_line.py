@@ -173,7 +173,7 @@ def test_output_is_marked_by_origin(pair, capsys, monkeypatch, terminal, no_colo
     stats = specdec.tell(passes, encoding, "prompt")
     legend, story = capsys.readouterr().out.split("\n\n", 1)
     g, g_end, c, c_end, b, b_end = marks
-    assert legend == f"{g}accepted guess{g_end}   {c}correction{c_end}   {b}bonus{b_end}"
+    assert legend == f"{g}accepted guess{g_end}   {c}correction{c_end} of a rejected one   {b}bonus{b_end} after all were accepted"
     cut = f"{g}a{g_end}{g}b{g_end}{c}c{c_end}" f"{g}e{g_end}{g}f{g_end}{g}{g_end}" f"{g}é{g_end}{g}h{g_end}{g}i{g_end}{b}j{b_end}" f"{c}{c_end}\ufffd\n"
     assert story == "prompt" + cut and stats.emitted == 11
 

@@ -182,7 +182,7 @@ def test_rows_end_at_their_own_eos():
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_draft_that_is_the_target_is_always_right(k, temperature):
-    """BUGS E1, D2, D3: a hole or a stray token in the draft's cache makes it guess wrong a round later."""
+    """mutants.py E1, D2, D3: a hole or a stray token in the draft's cache makes it guess wrong a round later."""
     n = 41
     result = generate(TARGET, PROMPTS, n, drafter=ModelDrafter(TARGET), k=k, temperature=temperature, seed=1)
     s = result.stats
@@ -247,6 +247,14 @@ def test_plain_decoding_counts_one_token_a_pass():
     stats = generate(TARGET, PROMPTS, 10, seed=0).stats
     assert (stats.emitted, stats.rounds, stats.drafted, stats.evaluated, stats.accepted) == (30, 30, 0, 0, 0)
     assert stats.tokens_per_pass == 1
+
+
+def test_plain_decoding_reads_every_token_once():
+    read = []
+    hook = TARGET.register_forward_pre_hook(lambda model, args: read.append(args[0].shape[1]))
+    generate(TARGET, PROMPTS, 10)
+    hook.remove()
+    assert sum(read) == 3 + 10 - 1  # nobody needs to read the last
 
 
 def test_both_estimates_of_alpha_agree_and_predict_tau():
@@ -414,7 +422,7 @@ class Varying(FixedK):
 @any_drafter
 @pytest.mark.parametrize("k", ["auto", Varying])
 def test_greedy_speculation_is_greedy_decoding_for_changing_k(make, k):
-    """A draft whose turn does not come for some rounds still reads all that it missed (BUGS E3)."""
+    """A draft whose turn does not come for some rounds still reads all that it missed (mutants.py E3)."""
     drafter = make()
     if isinstance(drafter, TreeDrafter):
         return

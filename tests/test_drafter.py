@@ -29,6 +29,7 @@ def test_guesses_come_from_the_laws_of_a_fresh_forward(history, fixed, seed):
     drafter.start(text[:, :T], ROOM, None, MODEL.new_cache(B, ROOM, fixed))
     drafter.unread = 2 if fixed else None
     assert drafter.cache.length.tolist() == [T - 1] * B
+    before = "the prompt"
     for k, accepted in history:
         poison(drafter.cache)
         draft_tokens, draft_probs = drafter.propose(text, length, k, law, generator)
@@ -36,17 +37,19 @@ def test_guesses_come_from_the_laws_of_a_fresh_forward(history, fixed, seed):
         for b in range(B):
             whole = torch.cat((text[b, : length[b]], draft_tokens[b]))
             expected = law(fresh_logits(MODEL, whole)[length[b] - 1 : length[b] - 1 + k])
-            torch.testing.assert_close(draft_probs[b], expected.view(k, 7), rtol=0, atol=1e-12, check_dtype=k > 0)
+            wrong = f"row {b} after {before}: of {k} guesses, these laws are wrong: "
+            torch.testing.assert_close(draft_probs[b], expected.view(k, 7), rtol=0, atol=1e-12, check_dtype=k > 0, msg=wrong.__add__)
             n = min(accepted[b], k)
             text[b, length[b] : length[b] + n] = draft_tokens[b, :n]  # behind them text already holds a random token: the correction
         n_new = torch.tensor(accepted).clamp(max=k) + 1
         drafter.commit(length, n_new, None)
         length += n_new
+        before = f"a round in which the rows accepted {(n_new - 1).tolist()} of {k} guesses"
         assert (drafter.cache.length < length).all()
 
 
 def test_guesses_are_drawn_from_the_reported_laws(monkeypatch):
-    """The very tensor that is returned is the one drawn from (BUGS C1-C8)."""
+    """The very tensor that is returned is the one drawn from (mutants.py C1-C8)."""
     import specdec
 
     drawn = []
@@ -133,7 +136,7 @@ def test_ngram_guesses_nothing_for_a_row_that_has_ended():
 
 
 def test_ngram_forgets_the_prompt_before():
-    """BUGS J4: nothing is kept from one text to the next."""
+    """Nothing is kept from one text to the next."""
     drafter = NGramDrafter()
     drafter.check(MODEL, 48)
     drafter.propose(torch.tensor([[1, 2, 1, 2, 0]]), torch.tensor([4]), 1, law, None)

@@ -38,7 +38,7 @@ histories = st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 5), mi
 
 @given(histories, st.booleans(), st.randoms(use_true_random=False))
 def test_every_history_of_rollbacks_in_a_ragged_batch(history, fixed, random):
-    """Each round reads T tokens in all three rows, then takes back a different number in each: BUGS E1-E20."""
+    """Each round reads T tokens in all three rows, then takes back a different number in each: mutants.py E1-E20."""
     cache = MODEL.new_cache(3, fixed=fixed)
     texts = [[], [], []]
     for T, undone in history:

@@ -111,7 +111,7 @@ def test_with_an_eos(V, k, n):
     (1, {"temperature": 0.5}), (1, {"temperature": 2.0}), (2, {"top_k": 2}), (2, {"top_p": 0.8}), (2, {"top_k": 2, "top_p": 0.7, "temperature": 1.5}),
 ])  # fmt: skip
 def test_with_filters(k, options):
-    """Temperature, top-k and top-p apply to both laws, the one drawn from and the one judged by (BUGS C1-C8)."""
+    """Temperature, top-k and top-p apply to both laws, the one drawn from and the one judged by (mutants.py C1-C8)."""
     assert_same_law(*gpts(AGREE_HALFWAY[3], 3), [[1, 0]], k + 2, k, **options)
 
 
@@ -228,7 +228,7 @@ def test_a_lossy_rule_fails_this_very_test():
 
 
 def test_a_length_that_looks_at_the_guess_in_question_fails_it_too():
-    """BUGS, invariant 8: drop the guess if it is token 1, and (.7, .3) becomes (.85, .15)."""
+    """Drop the guess if it is token 1, and (.7, .3) becomes (.85, .15)."""
 
     class Peeking(ModelDrafter):
         def propose(self, *args):

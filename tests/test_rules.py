@@ -124,6 +124,14 @@ def test_coupled_noise_is_new_for_every_row_position_and_token():
     assert torch.equal(noise.log_u(torch.arange(2)), torch.stack((noise.table[1:3, 0], noise.table[3:5, 1])))
 
 
+def test_coupled_accepts_no_guess_that_was_not_made():
+    """Where draft_probs is 0 the token means nothing, even if it is what the target draws."""
+    sure = law_of([[[0, 1]] * 3])
+    noise = Noise(torch.Generator().manual_seed(0), 1, 3, 2)
+    n_accepted, token = verify_coupled(sure, torch.zeros(1, 2, 2), torch.ones(1, 2, dtype=torch.int64), noise)
+    assert (n_accepted.item(), token.item()) == (0, 1)
+
+
 def test_coupled_accepts_everything_from_the_target_itself():
     stats = generate(TARGET, torch.tensor([[1, 2], [3, 4]]), 41, drafter=ModelDrafter(TARGET), k=3, rule="coupled", seed=1).stats
     assert stats.accepted == stats.drafted == stats.evaluated

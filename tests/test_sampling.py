@@ -22,7 +22,7 @@ LOGITS = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).log()
         ({"top_p": 0.51}, [2 / 3, 1 / 3, 0, 0]),
         ({"top_p": 1e-9}, [1, 0, 0, 0]),
         ({"top_p": 1}, [0.5, 0.25, 0.125, 0.125]),
-        ({"top_k": 2, "top_p": 0.66}, [1, 0, 0, 0]),  # after top-k the best token has 2/3; before, .5 (BUGS C12)
+        ({"top_k": 2, "top_p": 0.66}, [1, 0, 0, 0]),  # after top-k the best token has 2/3; before, .5 (mutants.py C12)
     ],
 )
 def test_laws_by_hand(options, expected):
@@ -44,7 +44,7 @@ def test_every_law_is_a_law(logits, temperature, top_k, top_p):
 
 
 def test_a_tiny_temperature_is_nearly_greedy_and_not_nan():
-    """BUGS K5: logits / 1e-38 overflows to inf, and inf - inf is NaN."""
+    """mutants.py K5: logits / 1e-38 overflows to inf, and inf - inf is NaN."""
     assert to_probs(torch.tensor([1e4, 9e3, 9e3]), temperature=1e-38).tolist() == [1, 0, 0]
 
 
@@ -59,9 +59,10 @@ def test_a_law_is_float32_or_better_and_leaves_the_logits_alone():
 
 
 def test_a_coin_with_u_0_is_still_strict(monkeypatch):
-    """u = 0 does come up, once in 2^24 float32 draws: `u <= prob` would then let an impossible token pass."""
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))
+    """u = 0 does come up, once in 2^24 float32 draws: `u <= prob` would then let an impossible token pass, and log u is not finite."""
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype=None, **_: torch.zeros(shape, dtype=dtype))
     assert bernoulli(torch.tensor([0.0, 1e-9, 1.0])).tolist() == [False, True, True]
+    assert categorical(torch.tensor([0.0, 0.5, 0.5])) > 0
 
 
 def test_frequencies():

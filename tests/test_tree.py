@@ -45,7 +45,7 @@ def test_a_tree_pass_equals_a_chain_pass_for_every_path(widths, undone, random):
 
 @given(shapes, st.randoms(use_true_random=False))
 def test_after_compaction_the_cache_is_that_of_a_fresh_forward(widths, random):
-    """BUGS I4: the accepted nodes are scattered among the rejected ones, and each row has its own."""
+    """mutants.py I4: the accepted nodes are scattered among the rejected ones, and each row has its own."""
     tree = ancestors(widths, "cpu")
     cache = TARGET.new_cache(2, 160)
     texts = [[random.randrange(7) for _ in range(5)] for _ in range(2)]

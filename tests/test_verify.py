@@ -46,10 +46,10 @@ def test_accept_by_hand(monkeypatch):
     assert asked == pytest.approx([1, 0.6])
 
 
-def test_accept_stops_at_the_first_rejection(monkeypatch):
-    monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None, ahead=0: torch.tensor([[True, False, True], [False, True, True]]))
-    laws = torch.full((2, 4, 5), 0.2)
-    assert verify(laws, laws[:, :3], torch.zeros(2, 3, dtype=torch.int64))[0].tolist() == [1, 0]
+def test_accept_stops_at_the_first_rejection():
+    """Guesses that are sure to be right, or sure to be wrong."""
+    sure, guesses = torch.eye(3).double(), torch.tensor([[0, 0, 2], [1, 1, 2]])
+    assert verify(sure[torch.tensor([[0, 1, 2, 0]] * 2)], sure[guesses], guesses)[0].tolist() == [1, 0]
 
 
 def test_residual_by_hand(monkeypatch, drawn_from):
@@ -125,7 +125,7 @@ def test_a_guess_is_kept_with_probability_1_minus_tv(p, q):
 
 
 def test_inputs_are_left_alone():
-    """BUGS B7: zeroing the rejected token in place damages the law that is used next."""
+    """mutants.py B7: zeroing the rejected token in place damages the law that is used next."""
     target, draft = torch.rand(4, 4, 5).softmax(-1), torch.rand(4, 3, 5).softmax(-1)
     tokens = torch.randint(5, (4, 3))
     before = target.clone(), draft.clone(), tokens.clone()
@@ -141,7 +141,7 @@ def test_nothing_impossible_passes_even_when_u_is_0(monkeypatch):
 
 
 def test_equal_laws_keep_everything_and_need_no_residual(monkeypatch, drawn_from):
-    """Should rounding say no all the same, the residual is empty, and the target's law takes its place (BUGS K2)."""
+    """Should rounding say no all the same, the residual is empty, and the target's law takes its place (mutants.py K2)."""
     target = law_of([[[1, 2], [3, 1]]])
     monkeypatch.setattr(specdec, "bernoulli", lambda probs, generator=None, ahead=0: probs != 1)
     n, _ = verify(target, target[:, :1], torch.tensor([[1]]))
