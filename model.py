@@ -1,4 +1,5 @@
-"""GPT-2, whole, in raw PyTorch, with an explicit KV cache; its checkpoint file; and how long a pass takes, on a CPU or in a CUDA graph.
+"""GPT-2, whole, in raw PyTorch, with an explicit KV cache; its checkpoint file; how long a pass takes, on a CPU or in a CUDA graph;
+and the trained pair, in the dtype and with the threads that make plain decoding fastest.
 
 The architecture is that of Radford et al. 2019 to the letter: LayerNorm before each sub-layer and once at the end, learned
 positions, biases everywhere, GELU in its tanh form, the output layer tied to the token embedding. Parameters have the names
@@ -16,6 +17,7 @@ import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import tiktoken
 import torch
@@ -397,3 +399,60 @@ def relative(times):
     """
     first, *_ = times.values()
     return {name: statistics.median(map(operator.truediv, t, first)) for name, t in times.items()}
+
+
+# -- the trained pair --------------------------------------------------------------------------------------------------------
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+def find_device(name=None):
+    """A device by name; without one, the GPU where there is one. ValueError: it cannot be used here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        probe = torch.zeros(1, dtype=torch.float64, device=device)  # in which `categorical` draws
+        if probe.is_cuda:
+            torch.cuda.set_device(probe.device)  # events and graphs belong to the current one
+        probe.item()
+        return device
+    except (RuntimeError, AssertionError, TypeError):
+        raise ValueError(f"there is no device {name!r} here") from None
+
+
+def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
+    """-> target, draft, encoding. dtype None: by a short race in plain decoding.
+
+    threads: numbers of threads to choose among in the same race (PyTorch is set to the winner); none: as many as there are. On
+    a shared machine a race cannot tell 20% apart: among those that are so close, the fewest threads are taken, and then a pass
+    over five tokens decides. The draft is in float32 where the target is in float16: it is too small to gain by that.
+    OSError, ValueError: as `load_checkpoint`; or the two have different tokenizers.
+    """
+    folder, device = Path(folder), find_device(device)
+    dtypes = (dtype,) if dtype else (torch.float32, torch.bfloat16) + (torch.float16,) * has_float16(device)
+    targets = {d: load_checkpoint(folder / "large.pt", device, d) for d in dtypes}
+    choices = [(d, n) for d in dtypes for n in threads or (torch.get_num_threads(),)]
+    for turns, close in (3, 1.5), (20, 1.2):  # a heat, which bfloat16 survives on few processors, and the race
+        cost = race(targets, choices, 1, turns)
+        choices = [choice for choice in choices if cost[choice] < close * min(cost.values())]
+    choices = [(d, n) for d, n in choices if n == min(n for _, n in choices)]
+    cost = race(targets, choices, 5, 15)
+    dtype, n_threads = min(cost, key=cost.get)
+    torch.set_num_threads(n_threads)
+    target, encoding = targets[dtype]
+    draft, other = load_checkpoint(folder / "tiny.pt", device, target.wte.weight.dtype)
+    if other._mergeable_ranks != encoding._mergeable_ranks or other._pat_str != encoding._pat_str:
+        raise ValueError(f"large.pt and tiny.pt in {folder} have different tokenizers: their token ids do not mean the same")
+    return target, draft, encoding
+
+
+def race(targets, choices, n, turns):
+    """{(dtype, threads): time of a pass over n tokens, in that of the first choice}."""
+    if len(choices) == 1:
+        return {choices[0]: 1.0}
+
+    def run(dtype, threads):
+        torch.set_num_threads(threads)
+        one_pass[dtype][n]()
+
+    one_pass = {dtype: passes(targets[dtype][0], 1, 64, n) for dtype in dict(choices)}
+    return relative(time_calls({choice: functools.partial(run, *choice) for choice in choices}, turns, list))

@@ -36,8 +36,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import capture, has_float16, has_graphs, load_checkpoint, load_heads, target_state_size, target_states
-from model import now, pass_times, passes, relative, time_calls
+from model import CHECKPOINTS, find_device, load_heads, load_pair
+from model import capture, has_graphs, now, pass_times, passes, target_state_size, target_states, time_calls
 
 # -- sampling ----------------------------------------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     if temperature != 1:
         # The largest logit becomes 0 first: divided by a tiny temperature, any other number would overflow.
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-37)  # what is smaller may be 0 in float32
     if top_k is not None and top_k < logits.shape[-1]:
         best, token = logits.topk(top_k)
         logits = torch.full_like(logits, -torch.inf).scatter_(-1, token, best)
@@ -85,7 +85,7 @@ def categorical(probs, generator=None, ahead=0):
     ahead: which new token this is, counted from `Noise.here`. Only `Noise` asks, which then takes the generator's place.
     """
     if isinstance(generator, Noise):
-        return (probs / generator.log_u(ahead)).argmin(-1)
+        return (probs / generator.log_u(ahead).view_as(probs)).argmin(-1)
     # float64: among many rare tokens the winner's u is close to 1, where float32 has few numbers. Clamped for u = 0: p / -inf
     # is 0, and would put a token level with the impossible ones.
     log_u = torch.rand(probs.shape, generator=generator, device=probs.device, dtype=torch.float64).log_()
@@ -106,9 +106,9 @@ class Noise:
         self.here = torch.zeros_like(self.row)  # how many tokens each row has written: kept up to date by both ways of decoding
 
     def log_u(self, ahead):
-        """(B, V) for the new token here + ahead; for ahead (n,), the n of them: (B, n, V)."""
-        position, row = (self.here + ahead, self.row) if isinstance(ahead, int) else (self.here[:, None] + ahead, self.row[:, None])
-        return self.table[position.clamp(max=len(self.table) - 1), row]  # what is drawn past the budget is never emitted
+        """(B, n, V) for the new tokens here + ahead, ahead (n,); for a number, n = 1."""
+        position = (self.here[:, None] + ahead).clamp(max=len(self.table) - 1)  # what is drawn past the budget is never emitted
+        return self.table[position, self.row[:, None]]
 
 
 # -- plain decoding ----------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class Round:
     target_probs: torch.Tensor  # (B, k+1, V)
     draft_probs: torch.Tensor  # (B, k, V); a row of zeros is no guess
     size: int  # tokens per row in the target's pass
-    seconds: dict  # spent in passes of the drafter, in passes of the target ("verify"), and on the "rest"
+    seconds: dict  # spent in passes of the drafter ("draft"), in passes of the target ("verify"), and on the "rest"
 
     @property
     def n_guessed(self):
@@ -282,13 +282,13 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     """
     left = target_probs.clone()  # of the target's law after each node: what its children so far, had they all been refused, leave
     chance = torch.ones_like(left[..., 0])  # of each node, to be kept
-    for parent, child in siblings(widths, left.device):
-        guess = child - 1  # node 0 is none
-        before, draft_law = left[:, parent], draft_probs[:, guess].to(left.dtype)
-        chance[:, child] = ratio(before, draft_law, draft_tokens[:, guess])
+    elder, births = siblings(widths, left.device)
+    for parent, child in births:
+        before, draft_law = left[:, parent], draft_probs[:, child - 1].to(left.dtype)  # node 0 is no guess
+        chance[:, child] = ratio(before, draft_law, draft_tokens[:, child - 1])
         left[:, parent] = residual(before, draft_law)
     kept = bernoulli(chance.clamp(max=1), generator)
-    chosen = kept & ~(kept[:, None] & elders(widths, left.device)).any(-1)  # the first that is kept of its siblings
+    chosen = kept & ~(kept[:, None] & elder).any(-1)  # the first that is kept of its siblings
     accepted = (chosen[:, None] | ~ancestors(widths, left.device)).all(-1)  # chosen, and so are all its ancestors
     path = accepted.int().argsort(dim=1, descending=True, stable=True)[:, : len(widths) + 1]
     n_accepted = accepted.sum(1) - 1
@@ -307,8 +307,8 @@ class Drafter:
     """
 
     extra = 0  # nodes of a tree, for which the caches need room
-    tree = None  # of this round's guesses, (N+1, N+1), see `ancestors`; None: they are a chain
     graphs = False  # whether all rounds of k guesses are the same operations, given caches of fixed shapes
+    tree = None  # of this round's guesses, (N+1, N+1), see `ancestors`; None, as before each round: they are a chain
     # Kept up to date by the loop:
     going = True  # (B,) bool, rows that have not ended
     unread = None  # where shapes are fixed: how many tokens the drafter's cache lacks, at most. The host must not look then
@@ -316,23 +316,23 @@ class Drafter:
 
     def check(self, target, length):
         """ValueError, unless guesses for this target, in texts of up to `length` tokens, are possible."""
-        self.vocab_size = target.config.vocab_size
 
     def start(self, prompt, max_length, hidden, target_cache):
         """Read prompt (B, T) but for its newest token. hidden (B, T-1, D): the target's states there; its cache stays the same one."""
 
     def propose(self, text, length, k, law, generator):
-        """Guess up to k tokens after the first `length` (B,) tokens of each row of text: draft_tokens (B, k), draft_probs (B, k, V).
+        """Guess up to k >= 1 tokens after the first `length` (B,) ones of each row of text: draft_tokens (B, k), draft_probs (B, k, V).
 
-        The first by `begin`, the others by `step`, if `go_on` allows; for `categorical` they are `ahead` by 0, 1, .. For k = 0
-        nothing is read. Calls of models are `timed`.
+        The first by `begin`, the others by `step`, if `go_on` allows, each of them `timed`; for `categorical` they are `ahead` by
+        0, 1, ..
         """
-        tokens, probs = [text[:, :0]], []
-        while len(probs) < k and (not probs or self.go_on(len(probs))):
-            logits = self.timed(self.step, tokens[-1]) if probs else self.timed(self.begin, text, length)
+        logits, tokens, probs = self.timed(self.begin, text, length), [], []
+        while True:
             probs.append(law(logits[:, -1]))
             tokens.append(categorical(probs[-1], generator, len(probs) - 1)[:, None])
-        return torch.cat(tokens, 1), torch.stack(probs, 1) if probs else torch.zeros(len(text), 0, self.vocab_size, device=text.device)
+            if len(probs) == k or not self.go_on(len(probs)):
+                return torch.cat(tokens, 1), torch.stack(probs, 1)
+            logits = self.timed(self.step, tokens[-1])
 
     def go_on(self, n):
         """Whether to guess another token after n >= 1. Those n may decide it, the token in question may not: that would bend the law."""
@@ -377,7 +377,6 @@ class ModelDrafter(Drafter):
         self.model = model
 
     def check(self, target, length):
-        super().check(target, length)
         if self.model.config.vocab_size != target.config.vocab_size:
             raise ValueError(f"the draft knows {self.model.config.vocab_size} tokens, the target {target.config.vocab_size}")
         if length > self.model.config.block_size:
@@ -411,6 +410,9 @@ class NGramDrafter(Drafter):
             raise ValueError(f"max_n is {max_n}; it must be at least 1")
         self.max_n = max_n
 
+    def check(self, target, length):
+        self.vocab_size = target.config.vocab_size
+
     def propose(self, text, length, k, law, generator):
         """As `Drafter.propose`. Where fewer than k tokens follow the match, they go on as a loop would. A row without a match, or that
         has ended, gets draft_probs of 0; if no row has a guess, k is 0. (`unread` set: k stays.)"""
@@ -443,7 +445,6 @@ class HeadsDrafter(Drafter):
         self.heads, self.times, self.graphs = heads, times, times is None
 
     def check(self, target, length):
-        super().check(target, length)
         ours = f"{self.heads.config.vocab_size} x {self.heads.c_state.in_features} {self.heads.lm_head.weight.dtype}"
         theirs = f"{target.config.vocab_size} x {target_state_size(target.config)} {target.wte.weight.dtype}"
         if ours != theirs:
@@ -503,7 +504,6 @@ class TreeDrafter(Drafter):
         self.extra = sum(math.prod(self.shape[: i + 1]) for i in range(len(self.shape)))
 
     def check(self, target, length):
-        super().check(target, length)
         if not hasattr(self.drafter, "step"):
             raise ValueError("a tree is for drafters that guess token by token: a model or heads")
         if self.extra > target.config.block_size:
@@ -519,8 +519,6 @@ class TreeDrafter(Drafter):
     def propose(self, text, length, k, law, generator):
         self.widths = self.shape[:k]
         self.tree = ancestors(self.widths, text.device)
-        if k == 0:
-            return super().propose(text, length, 0, law, generator)
         logits, first, end = self.timed(self.drafter.begin, text, length), 0, 0
         tokens = text.new_zeros(len(text), len(self.tree) - 1)
         laws = logits.new_zeros(*tokens.shape, logits.shape[-1], dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -540,38 +538,27 @@ class TreeDrafter(Drafter):
         return tokens, laws
 
 
-def parents(widths):
-    """The parent of each of nodes 1..N of a tree, in breadth-first order; node 0 is the root."""
-    out, level = [], [0]
-    for width in widths:
-        first = len(out) + 1
-        out += [parent for parent in level for _ in range(width)]
-        level = range(first, len(out) + 1)
-    return out
-
-
 @functools.cache
 def ancestors(widths, device):
-    """(N+1, N+1) bool: [i, j], whether node j of a tree is an ancestor of node i, or i itself."""
-    tree = torch.eye(len(parents(widths)) + 1, dtype=torch.bool)
-    for node, parent in enumerate(parents(widths), 1):
-        tree[node] |= tree[parent]
+    """(N+1, N+1) bool: [i, j], whether node j of a tree is an ancestor of node i, or i itself. Breadth-first; node 0 is the root."""
+    tree = torch.eye(sum(math.prod(widths[:i]) for i in range(len(widths) + 1)), dtype=torch.bool)
+    first, end = 0, 1
+    for width in widths:
+        level = tree[first:end]
+        first, end = end, end + len(level) * width
+        tree[first:end] |= level.repeat_interleave(width, 0)
     return tree.to(device)
 
 
 @functools.cache
-def elders(widths, device):
-    """(N+1, N+1) bool: [i, j], whether node j of a tree is an elder sibling of node i."""
-    parent = torch.tensor([-1] + parents(widths))
-    return (parent[:, None] == parent).tril(-1).to(device)
-
-
-@functools.cache
 def siblings(widths, device):
-    """In order of birth, [(parents (n,), children (n,))]: the eldest child of every node that has one, then the second, and so on."""
-    parent = torch.tensor(parents(widths))
-    rank = torch.arange(len(parent)) - torch.searchsorted(parent, parent)  # how many elder siblings each has
-    return [(parent[rank == i].to(device), (rank == i).nonzero()[:, 0].to(device) + 1) for i in range(max(widths))]
+    """elder (N+1, N+1) bool: [i, j], whether node j is an elder sibling of node i; and in order of birth, [(parents (n,), children (n,))]:
+    the eldest child of every node that has one, then the second, and so on."""
+    tree = ancestors(widths, "cpu")
+    parent = (tree.tril(-1) * torch.arange(1, len(tree) + 1)).amax(1) - 1  # the last of the ancestors before it; of the root, -1
+    elder = (parent[:, None] == parent).tril(-1)
+    births = [((elder.sum(1) == i) & (parent >= 0)).nonzero()[:, 0] for i in range(max(widths))]
+    return elder.to(device), [(parent[child].to(device), child.to(device)) for child in births]
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------------
@@ -591,6 +578,7 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
     length = torch.full((B,), T, device=prompt.device)  # of the text in each row
     end = length + max_new_tokens  # where it will stop
     step, row = torch.arange(k.most + 1, device=prompt.device)[None], torch.arange(B, device=prompt.device)[:, None]
+    nothing = text[:, :0], torch.zeros(B, 0, target.config.vocab_size, device=prompt.device)
     fixed = has_graphs(prompt.device) and drafter.graphs
     cache = target.new_cache(B, text.shape[1] + drafter.extra, fixed)
     _, hidden = target(prompt[:, :-1], cache)
@@ -601,10 +589,10 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
         room = end - length
         if isinstance(generator, Noise):
             generator.here = length - T
-        drafter.going, drafter.spans = room > 0, ()
+        drafter.going, drafter.tree, drafter.spans = room > 0, None, ()
 
         # 1. Guess.
-        draft_tokens, draft_probs = drafter.propose(text, length, n_guesses, law, generator)
+        draft_tokens, draft_probs = drafter.propose(text, length, n_guesses, law, generator) if n_guesses else nothing
 
         # 2. Score: target_probs[:, i] is the law after guess i; at 0, after the newest token.
         tokens = torch.cat((text.gather(1, length[:, None] - 1), draft_tokens), 1)
@@ -657,21 +645,19 @@ def speculative_rounds(target, drafter, prompt, max_new_tokens, k, rule, law, eo
 class Stats:
     """Sums over all rows and rounds. A row that has ended counts no more."""
 
-    passes: int = 0  # of the target
-    rounds: int = 0  # the same, counted once for each row that was still going
+    rounds: int = 0  # passes of the target, each counted once for every row that was still going
     drafted: int = 0  # guesses that the target was shown; of a tree, those on one path
     evaluated: int = 0  # of these, judged: the accepted ones, and the first rejected one of a round
     accepted: int = 0
     emitted: int = 0
     overlap: float = 0.0  # sum over the evaluated of sum_v min(target_probs, draft_probs)
-    seconds: Counter = field(default_factory=lambda: Counter(draft=0.0, verify=0.0, rest=0.0))
+    seconds: Counter = field(default_factory=Counter)
     sizes: Counter = field(default_factory=Counter)  # {tokens per row in a pass: number of passes}
 
     def add(self, r):
         n_guessed = r.n_guessed
         judged = torch.minimum(r.n_accepted + (r.n_accepted < n_guessed), r.n_new)
         overlap = torch.minimum(r.target_probs[:, : r.draft_probs.shape[1]], r.draft_probs).sum(-1)
-        self.passes += 1
         self.sizes[r.size] += 1
         self.rounds += (r.n_new > 0).sum().item()
         self.drafted += n_guessed.sum().item()
@@ -844,7 +830,6 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
 
 # -- the command line --------------------------------------------------------------------------------------------------------
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 PROMPTS = (
     "import os\nimport sys\n\ndef main(argv=None):\n    if argv is None:\n        argv = sys.argv[1:]\n",
     "def binary_search(items, wanted):\n    \"\"\"Return the index of wanted in the sorted list items, or -1.\"\"\"\n",
@@ -857,59 +842,6 @@ REPEATING = "".join(f"    def test_{x}(self):\n        self.assertEqual(parse('{
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def find_device(name=None):
-    """A device by name; without one, the GPU where there is one. ValueError: it cannot be used here."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        probe = torch.zeros(1, dtype=torch.float64, device=device)  # in which `categorical` draws
-        if probe.is_cuda:
-            torch.cuda.set_device(probe.device)  # events and graphs belong to the current one
-        probe.item()
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
-        raise ValueError(f"there is no device {name!r} here") from None
-
-
-def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
-    """-> target, draft, encoding. dtype None: by a short race in plain decoding.
-
-    threads: numbers of threads to choose among in the same race (PyTorch is set to the winner); none: as many as there are. On
-    a shared machine a race cannot tell 20% apart: among those that are so close, the fewest threads are taken, and then a pass
-    over five tokens decides. The draft is in float32 where the target is in float16: it is too small to gain by that.
-    OSError, ValueError: as `load_checkpoint`; or the two have different tokenizers.
-    """
-    folder, device = Path(folder), find_device(device)
-    dtypes = (dtype,) if dtype else (torch.float32, torch.bfloat16) + (torch.float16,) * has_float16(device)
-    targets = {d: load_checkpoint(folder / "large.pt", device, d) for d in dtypes}
-    choices = [(d, n) for d in dtypes for n in threads or (torch.get_num_threads(),)]
-    for turns, close in (3, 1.5), (20, 1.2):  # a heat, which bfloat16 survives on few processors, and the race
-        if len(choices) > 1:
-            cost = race(targets, choices, 1, turns)
-            choices = [choice for choice in choices if cost[choice] < close * min(cost.values())]
-    choices = [(d, n) for d, n in choices if n == min(n for _, n in choices)]
-    cost = race(targets, choices, 5, 15) if len(choices) > 1 else {choices[0]: 1}
-    dtype, n_threads = min(cost, key=cost.get)
-    torch.set_num_threads(n_threads)
-    target, encoding = targets[dtype]
-    draft, other = load_checkpoint(folder / "tiny.pt", device, target.wte.weight.dtype)
-    if other._mergeable_ranks != encoding._mergeable_ranks or other._pat_str != encoding._pat_str:
-        raise ValueError(f"large.pt and tiny.pt in {folder} have different tokenizers: their token ids do not mean the same")
-    return target, draft, encoding
-
-
-def race(targets, choices, n, turns):
-    """{(dtype, threads): time of a pass over n tokens, in that of the first choice}."""
-
-    def run(one_pass, threads):
-        torch.set_num_threads(threads)
-        one_pass()
-        one_pass()
-
-    one_pass = {dtype: passes(targets[dtype][0], 1, 64, n)[n] for dtype in {dtype for dtype, _ in choices}}
-    calls = {(dtype, threads): functools.partial(run, one_pass[dtype], threads) for dtype, threads in choices}
-    return relative(time_calls(calls, turns, list))
 
 
 def tell(story, encoding, prompt=""):
@@ -937,7 +869,7 @@ def contenders(draft, heads, drafter, rule, k, tree):
     """{name: (drafter or None, k, rule)}, plain decoding first: the rows of the table. None as drafter, rule or k: all of them."""
     judge, k, ngram_k = rule or "rejection", *((4, 10) if k is None else (k, k))  # a lookup costs next to nothing: it may guess more
     shape = ",".join(map(str, tree))
-    rows = {"plain decoding": (None, 1, judge)}
+    rows = {"plain decoding": (None, 1, "rejection")}
     if drafter in (None, "model"):
         rows[f"draft model, k={k}"] = (ModelDrafter(draft), k, judge)
         if rule is None:
@@ -962,25 +894,17 @@ def contenders(draft, heads, drafter, rule, k, tree):
 def compare(target, rows, prompts, max_new_tokens, seed, seconds=10, **options):
     """Decode the prompts by every row, again and again for about so many seconds; meanwhile, time passes of the target.
 
-    -> {name: Stats}, {name: [speed-up in each turn]}, {n: seconds of the target's pass over n tokens}: the median of passes timed
-    alone, but for n = 1 the mean in plain decoding.
+    -> {name: Stats}, {name: [speed-up in each turn]}, {name: as `predict` says}. Of the time of a pass the median is taken, but
+    over one token the mean in plain decoding, which is the first row.
     """
     B, middle = len(prompts[0]), len(prompts[0][0]) + max_new_tokens // 2
-    adaptive = any(k == "auto" or getattr(drafter, "times", None) == "measure" for drafter, k, _ in rows.values())
-    times = pass_times(target, B, middle, 8) if adaptive else None
+    times = pass_times(target, B, middle, 8)
     rows = {name: (copy(drafter), AutoK(times) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
     for drafter, *_ in rows.values():
-        if getattr(drafter, "times", None) == "measure":
+        if getattr(drafter, "times", None):
             drafter.times = [t + n * times[0] / 10 for n, t in enumerate(times)]  # a guess costs about a tenth of a pass
     stats, speed_ups, seconds_of = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
-    plain, *_ = stats.values()
     one_pass = functools.cache(functools.partial(passes, target, B, middle))
-
-    def time_passes():
-        sizes = set().union(*(s.sizes for s in stats.values())) - {1}
-        for size, t in time_calls({size: one_pass(max(sizes))[size] for size in sizes}, 1).items():
-            seconds_of.setdefault(size, []).append(t)
-
     start, i = now(), 0
     while i < len(prompts) or (now() - start < seconds and i < 5 * len(prompts)):
         # All at once, 16 tokens at a time: what the machine does meanwhile, it does to all of them.
@@ -989,8 +913,6 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=10, **options):
         going = {name: rounds(target, prompts[i % len(prompts)], max_new_tokens, *row, **options) for name, row in rows.items()}
         while going:
             name = min(going, key=lambda name: turn[name].emitted)
-            if rows[name][0] is None:
-                time_passes()
             goal = turn[name].emitted + 16 * B
             for r in going[name]:
                 turn[name].add(r)
@@ -999,46 +921,46 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=10, **options):
                     break
             else:
                 del going[name]
-        speeds = [s.tokens_per_second for s in turn.values()]
+            if rows[name][0] is None or not going:  # now and then, and once all sizes are known
+                sizes = set().union(*(s.sizes for s in stats.values())) - {1}
+                for size, t in time_calls({size: one_pass(max(sizes))[size] for size in sizes}, 1).items():
+                    seconds_of.setdefault(size, []).append(t)
+        plain, *_ = speeds = [s.tokens_per_second for s in turn.values()]
         for name, speed in zip(rows, speeds):
-            speed_ups[name].append(speed / speeds[0])
+            speed_ups[name].append(speed / plain)
         i += 1
-    time_passes()
-    times = {size: statistics.median(t) for size, t in seconds_of.items()}
-    return stats, speed_ups, times | {1: plain.seconds["verify"] / plain.passes}
+    plain, *_ = stats.values()
+    times = {size: statistics.median(t) for size, t in seconds_of.items()} | {1: plain.seconds["verify"] / plain.sizes.total()}
+    return stats, speed_ups, {name: predict(s, times, B) for name, s in stats.items()}
 
 
 def predict(stats, times, B):
-    """tau x T(1) / (T(size of a pass) + draft + rest), all per pass; and tau, T(size), draft, rest."""
-    n = stats.passes
+    """tau x T(1) / (T(size of a pass) + draft + rest), all per pass: the number, and the same in words."""
+    n = stats.sizes.total()
     tau = stats.emitted / n / B  # a batch goes on until its slowest row has ended
-    cost = sum(times[size] * count for size, count in stats.sizes.items()) / n
-    draft, rest = stats.seconds["draft"] / n, stats.seconds["rest"] / n
-    return tau * times[1] / (cost + draft + rest), tau, cost, draft, rest
+    costs = sum(times[size] * count for size, count in stats.sizes.items()) / n, stats.seconds["draft"] / n, stats.seconds["rest"] / n
+    words = f"{tau:.2f} x {1000 * times[1]:.2f} ms / ({' + '.join(f'{1000 * t:.2f}' for t in costs)} ms)"
+    return tau * times[1] / sum(costs), words
 
 
 def print_table(target, rows, prompts, max_new_tokens, title, **options):
-    stats, speed_ups, times = compare(target, rows, prompts, max_new_tokens, **options)
-    plain, *others = stats
+    stats, speed_ups, predicted = compare(target, rows, prompts, max_new_tokens, **options)
     speeds = {name: s.tokens_per_second for name, s in stats.items()}
-    exact = [name for name in stats if name == plain or "lossy" not in rows[name][2]]
+    exact = [name for name, (_, _, rule) in rows.items() if "lossy" not in rule]
     best = max(exact, key=speeds.get)
+    plain, first, *_ = rows
     print(f"{title:26} tokens/s  speed-up         predicted  alpha        tau   draft  verify   rest")
     for name, s in stats.items():
         label = name + " (NOT the target's law)" * (name not in exact)
         shares = "  ".join(f"{part / sum(s.seconds.values()):6.1%}" for part in s.seconds.values())
         columns = f"1{'':40}"
         if name != plain:
-            low, _, high = statistics.quantiles(speed_ups[name], n=4, method="inclusive") if len(speed_ups[name]) > 1 else speed_ups[name] * 3
+            low, high = torch.tensor(speed_ups[name]).quantile(torch.tensor([0.25, 0.75])).tolist()
             chain = rows[name][2] == "rejection" and not isinstance(rows[name][0], TreeDrafter)
             laws = f"{s.expected_acceptance_rate:.3f}" if chain else "  -  "
-            columns = f"{speeds[name] / speeds[plain]:.2f} ({low:.2f}-{high:.2f}) {predict(s, times, len(prompts[0]))[0]:9.2f}"
-            columns += f"  {s.acceptance_rate:.3f} {laws}"
+            columns = f"{speeds[name] / speeds[plain]:.2f} ({low:.2f}-{high:.2f}) {predicted[name][0]:9.2f}  {s.acceptance_rate:.3f} {laws}"
         print(f"{'*' if name == best else ' '} {label:24} {speeds[name]:8.0f}  {columns}  {s.tokens_per_pass:.2f}  {shares}")
-    if others:
-        _, tau, *per_pass = predict(stats[others[0]], times, len(prompts[0]))
-        costs = " + ".join(f"{1000 * t:.2f}" for t in per_pass)
-        print(f"  {others[0]}: predicted {tau:.2f} x {1000 * times[1]:.2f} ms / ({costs} ms)\n")
+    print(f"  {first}: predicted {predicted[first][1]}\n")
 
 
 def same_text(target, drafter, prompt, max_new_tokens, k, encoding, seed, temperature, **options):
@@ -1097,12 +1019,9 @@ def check(target, rows, encoding, prompt, seed, n_samples=10_000, B=500, level=1
     """
     law = functools.partial(to_probs, **options)
     first = law(target(prompt[None])[0][0, -1]).double()
-    likely = first.topk(min(200, len(first))).indices  # only after these is the second token's law asked for
-    texts = torch.cat((prompt.expand(len(likely), -1), likely[:, None]), 1)
-    expected = torch.zeros(len(first), len(first), dtype=torch.float64)
-    expected[:, 0] = first.cpu()  # after any other first token, all second ones are one cell
-    expected[likely.cpu()] = (first[likely, None] * law(target(texts)[0][:, -1])).double().cpu()
-    expected *= n_samples
+    texts = torch.cat((prompt.expand(len(first), -1), torch.arange(len(first), device=prompt.device)[:, None]), 1)
+    second = torch.cat([law(target(some)[0][:, -1]) for some in texts.split(B)])
+    expected = n_samples * (first[:, None] * second).cpu()
 
     counts, agree = {}, True
     print(f"{n_samples:,} times the two tokens after {encoding.decode(prompt.tolist())!r}\n")
@@ -1117,7 +1036,7 @@ def check(target, rows, encoding, prompt, seed, n_samples=10_000, B=500, level=1
                 if min(map(len, text)) >= 2:
                     break
             for one, two, *_ in text:
-                counts[name][one, two if one in likely else 0] += 1
+                counts[name][one, two] += 1
         x2, cells, p, tv, chance = pearson(counts[name].flatten(), expected.flatten())
         agree &= p > level
         print(f"  {name:22}{x2:9.1f} {cells:6} {p:8.2g} {tv:6.3f} {chance:13.3f} {now() - start:8.1f}")
@@ -1125,9 +1044,8 @@ def check(target, rows, encoding, prompt, seed, n_samples=10_000, B=500, level=1
     print("\nthe likeliest pairs: exact, and by each of the two")
     most = expected.max().item()
     for cell in expected.flatten().argsort(descending=True)[:8].tolist():
-        one, two = divmod(cell, len(first))
-        name = repr(encoding.decode([one, two])) if one in likely else repr(encoding.decode([one])) + " + any"
-        for label, count in ((name, expected), *(("", count) for count in counts.values())):
+        words = repr(encoding.decode(divmod(cell, len(first))))
+        for label, count in ((words, expected), *(("", count) for count in counts.values())):
             count = count.flatten()[cell].item()
             print(f"{label:>20} {count / n_samples:6.2%} {'#' * round(50 * count / most)}")
     print("\nX2 adds up the squared differences between counts and law; p-value: how often chance alone makes it larger;")
@@ -1157,42 +1075,37 @@ def sweep(target, draft, rows, prompts, max_new_tokens, **options):
     if not tree:
         print(f"speed-up against k: {name.rsplit(', k=', 1)[0]}, {rule} rule (# measured, | predicted)")
         contest = {f"k = {k}": (drafter, k, rule) for k in (1, 2, 3, 4, 5, 6, 8)} | {"k=auto": (drafter, "auto", rule)}
-        plot(target, {"plain": plain} | contest, prompts, max_new_tokens, seconds=0, **options)
+        plot(target, {"plain": plain} | contest, prompts, max_new_tokens, **options)
     print(f"speed-up against batch size: {name}, {rule} rule (# measured, | predicted)")
     pays = []
     for B in (1, 2, 4, 8, 16, 32):
         contest = {"plain": plain, f"B = {B:2}": (drafter, k, rule)}
         contest |= {} if tree or k == "auto" else {"  k=auto": (drafter, "auto", rule)}
-        speed_up = plot(target, contest, [p[:1].expand(B, -1) for p in prompts[:2]], max_new_tokens, seconds=0, **options)
+        speed_up = plot(target, contest, [p[:1].expand(B, -1) for p in prompts[:2]], max_new_tokens, **options)
         pays += [B] * (speed_up >= 1)
     print(f"speculation pays at batch size {', '.join(map(str, pays)) or 'none of these'}")
 
 
 def plot(target, contest, prompts, max_new_tokens, **options):
     """A bar for every row of the contest but the first, which is plain decoding. Returns the first bar's speed-up."""
-    stats, speed_ups, times = compare(target, contest, prompts, max_new_tokens, **options)
-    speeds = [s.tokens_per_second for s in stats.values()]
-    for (name, s), speed in list(zip(stats.items(), speeds))[1:]:
-        measured, predicted = speed / speeds[0], predict(s, times, len(prompts[0]))[0]
-        end = round(20 * predicted)
-        bar = f"{'#' * round(20 * measured):{max(1, end)}}"
-        print(f"  {name:8} {measured:.2f} {predicted:.2f}  {bar[:end]}|{bar[end + 1:]}")
-    return speeds[1] / speeds[0]
+    stats, _, predicted = compare(target, contest, prompts, max_new_tokens, seconds=0, **options)
+    plain, *speeds = [s.tokens_per_second for s in stats.values()]
+    for (name, (expected, _)), speed in zip(list(predicted.items())[1:], speeds):
+        end = round(20 * expected)
+        bar = f"{'#' * round(20 * speed / plain):{max(1, end)}}"
+        print(f"  {name:8} {speed / plain:.2f} {expected:.2f}  {bar[:end]}|{bar[end + 1:]}")
+    return speeds[0] / plain
 
 
 def widths(text):
     return tuple(int(width) for width in text.split(","))
 
 
-def guesses(text):
-    return text if text == "auto" else int(text)
-
-
 def main(argv=None):
     parser = Parser(description="Speculative decoding beside plain decoding, with the pair of models in checkpoints/.")
     parser.add_argument("--prompt", help="text to continue (default: four beginnings of Python code)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument("-k", type=guesses, metavar="K", help='guesses per round, or "auto" (default: 4, for n-gram lookup 10)')
+    parser.add_argument("-k", metavar="K", help='guesses per round, or "auto" (default: 4, for n-gram lookup 10)')
     parser.add_argument("--drafter", choices=("model", "ngram", "heads", "tree"), help="who guesses (default: each in turn)")
     parser.add_argument("--rule", choices=RULES, help="who judges (default: rejection, and for the draft model each in turn)")
     parser.add_argument("--tree", type=widths, default=(2, 1, 1, 1), metavar="W,W,..", help="children per node at each level (default: 2,1,1,1)")
@@ -1219,23 +1132,23 @@ def main(argv=None):
         if args.check and args.k == "auto":
             raise ValueError("--check needs a fixed k")
         device, dtype = find_device(args.device), args.dtype and getattr(torch, args.dtype)
-        threads, most = [args.threads] if args.threads else [], torch.get_num_threads()
-        if device.type == "cpu" and not threads:
-            threads = sorted({2**i for i in range(most.bit_length())} | {most})
-        target, draft, encoding = load_pair(args.checkpoints, device, dtype, threads)
+        most = torch.get_num_threads()
+        powers = sorted({2**i for i in range(most.bit_length())} | {most}) if device.type == "cpu" else ()
+        target, draft, encoding = load_pair(args.checkpoints, device, dtype, [args.threads] if args.threads else powers)
         wanted = args.drafter == "heads" or args.drafter != "ngram" and (args.checkpoints / "heads.pt").exists()
         heads = load_heads(args.checkpoints / "heads.pt", target) if wanted else []
         texts = (args.prompt,) if args.prompt is not None else ("for i in ",) if args.check else PROMPTS
-        texts += (REPEATING,) * (texts is PROMPTS and args.drafter in (None, "ngram") and not args.sweep)
-        prompts = [torch.tensor([encoding.encode_ordinary(text)] * args.batch, device=device) for text in texts]
+        repeats = texts is PROMPTS and args.drafter in (None, "ngram") and not args.sweep
+        prompts = [torch.tensor([encoding.encode_ordinary(t)] * args.batch, device=device) for t in texts + (REPEATING,) * repeats]
         temperatures = (1.0, 0.0) if args.temperature is None else (args.temperature,)
-        options = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-        rows = contenders(draft, heads, args.drafter, args.rule, args.k, args.tree)
+        options = {"temperature": temperatures[0], "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+        k = int(args.k) if args.k and args.k.isdecimal() else args.k
+        rows = contenders(draft, heads, args.drafter, args.rule, k, args.tree)
         for prompt in prompts:  # refuses what cannot be decoded
             for drafter, k, rule in rows.values():
-                some_k = 1 if k == "auto" else k  # without measuring anything yet
-                rounds(target, prompt, 5 if args.check else args.max_new_tokens, drafter, some_k, rule, temperature=temperatures[0], **options)
-        repeating = prompts.pop() if REPEATING in texts else None
+                k = 1 if k == "auto" else k  # without measuring anything yet
+                rounds(target, prompt, 5 if args.check else args.max_new_tokens, drafter, k, rule, **options)
+        repeating = prompts.pop() if repeats else None
     except FileNotFoundError as error:
         parser.error(f"{error.filename} is missing; `python train_tiny.py` makes it")
     except (ValueError, OSError) as error:
@@ -1243,33 +1156,31 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")
     who, (drafter, k, rule) = list(rows.items())[1]  # who tells the story
     if args.check:
-        sys.exit(not check(target, rows, encoding, prompts[0][0], temperature=temperatures[0], **options))
+        sys.exit(not check(target, rows, encoding, prompts[0][0], **options))
 
-    models = [("large.pt, the target:", target), ("tiny.pt, the draft:", draft)] + [("heads.pt, draft heads:", h) for h in heads[:1]]
     where = f"{device}, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else f"{device}"
-    for name, model in models:
+    for name, model in zip(("large.pt, the target:", "tiny.pt, the draft:", "heads.pt, draft heads:"), (target, draft, *heads)):
         shape = f"{model.config.n_layer} x {model.config.n_embd}"
         weights, dtype = sum(w.numel() for w in model.parameters()), model.h[0].mlp.c_fc.weight.dtype
         print(f"{name:22} {weights:10,} weights in {shape}, {str(dtype)[6:]} on {where}")
     if args.sweep:
-        return sweep(target, draft, rows, prompts, args.max_new_tokens, temperature=temperatures[0], **options)
-    print(f"\nThe prompt, then up to {args.max_new_tokens} new tokens, each marked by where it comes from ({who}, temperature {temperatures[0]:g}):")
-    options_1 = {"temperature": temperatures[0], **options}
-    story = rounds(target, prompts[0][:1], args.max_new_tokens, drafter, k, rule, eos=encoding.eot_token, **options_1)
+        return sweep(target, draft, rows, prompts, args.max_new_tokens, **options)
+    print(f"\nThe prompt, then up to {args.max_new_tokens} new tokens, each marked by where it comes from ({who}, T={temperatures[0]:g}):")
+    story = rounds(target, prompts[0][:1], args.max_new_tokens, drafter, k, rule, eos=encoding.eot_token, **options)
     stats = tell(story, encoding, texts[0])
     print(f"\n{stats.emitted} tokens in {stats.rounds} passes of the target.\n")
     if rule == "coupled" or "  coupled rule" in rows:
-        print(same_text(target, drafter, prompts[0], args.max_new_tokens, k, encoding, **options_1) + "\n")
+        print(same_text(target, drafter, prompts[0], args.max_new_tokens, k, encoding, **options) + "\n")
     print(f"Now {len(prompts)} prompts, {args.max_new_tokens} new tokens each, by everyone in turns:\n")
     for temperature in temperatures:
         # At temperature 0 the exact rules are one and the same.
         some = {name: row for name, row in rows.items() if temperature or args.rule or row[2] == "rejection"}
         title = f"temperature {temperature:g}" + " (greedy)" * (temperature == 0)
-        print_table(target, some, prompts, args.max_new_tokens, title, temperature=temperature, **options)
+        options |= {"temperature": temperature}
+        print_table(target, some, prompts, args.max_new_tokens, title, **options)
     if repeating is not None:
         some = {name: row for name, row in rows.items() if row[0] is None or isinstance(row[0], NGramDrafter)}
-        title = f"text that repeats, T={temperatures[-1]:g}"
-        print_table(target, some, [repeating] * 2, args.max_new_tokens, title, seconds=3, temperature=temperatures[-1], **options)
+        print_table(target, some, [repeating] * 2, args.max_new_tokens, f"text that repeats, T={temperature:g}", seconds=3, **options)
     print(GLOSSARY)
 
 

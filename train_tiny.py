@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
-from model import GPT, DraftHeads, GPTConfig, fingerprint, make_encoding, save_checkpoint, save_heads
-from model import target_state_size, target_states, time_calls
-from specdec import CHECKPOINTS, Parser, find_device, load_pair, rounds
+from model import CHECKPOINTS, GPT, DraftHeads, GPTConfig, find_device, fingerprint, load_pair, make_encoding, save_checkpoint
+from model import save_heads, target_state_size, target_states, time_calls
+from specdec import Parser, rounds
 
 
 @dataclass(frozen=True)
