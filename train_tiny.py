@@ -420,7 +420,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except (Interrupted, KeyboardInterrupt) as error:
-        print(str(error) or "interrupted; the same command goes on there", file=sys.stderr)
+        print(str(error) or "interrupted; the same command goes on from what was saved", file=sys.stderr)
         sys.exit(130)
 
 
