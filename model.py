@@ -14,6 +14,8 @@ import operator
 import os
 import statistics
 import time
+import weakref
+import zipfile
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -216,7 +218,7 @@ def save_checkpoint(path, model, encoding):
     """Write config, weights in bfloat16, and tokenizer to one file, which appears complete or not at all."""
     ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
     tokenizer = {"pattern": encoding._pat_str, "tokens": [token.decode("latin-1") for token in ranks]}
-    _save(path, {"config": asdict(model.config), "weights": _half(model), "tokenizer": tokenizer})
+    save_whole(path, {"config": asdict(model.config), "weights": _half(model), "tokenizer": tokenizer})
 
 
 def load_checkpoint(path, device=None, dtype=None):
@@ -251,7 +253,7 @@ def has_float16(device=None):
 
 def save_heads(path, target, markov, blind):
     """Write both kinds of draft heads, and whose they are, to one file."""
-    _save(path, {"target": fingerprint(target), "markov": _half(markov), "blind": _half(blind)})
+    save_whole(path, {"target": fingerprint(target), "markov": _half(markov), "blind": _half(blind)})
 
 
 def load_heads(path, target):
@@ -280,9 +282,15 @@ def _half(module):
     return {name: weight.to(torch.bfloat16) for name, weight in module.state_dict().items()}
 
 
-def _save(path, content):
-    torch.save(content, f"{path}.new")
-    os.replace(f"{path}.new", path)
+def save_whole(path, content):
+    """Write a file that appears complete or not at all. OSError: it cannot be written."""
+    new = Path(f"{path}.new")
+    try:
+        torch.save(content, new)
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter, on a full disk for instance
+        new.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written") from error
 
 
 @contextmanager
@@ -290,6 +298,9 @@ def _load(path):
     """The content of a file, for a block that makes something of it; whatever goes wrong is told in one line."""
     with open(path, "rb") as file:
         try:
+            if zipfile.ZipFile(file).testzip():  # torch.load does not look at the checksums
+                raise ValueError("a checksum is wrong")
+            file.seek(0)
             yield torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds
             raise ValueError(f"{path} is damaged, or not a checkpoint of this project ({type(error).__name__})") from error
@@ -319,6 +330,9 @@ def has_graphs(device):
     return device.type == "cuda" and device.index == torch.cuda.current_device()
 
 
+_spare = []  # streams on which graphs were recorded that are no more
+
+
 def capture(call, generator=None):
     """A function that does what call() does, as a CUDA graph: one launch for hundreds of kernels, each of which takes longer to
     launch than to run.
@@ -337,7 +351,10 @@ def capture(call, generator=None):
         nonlocal recorded
         if recorded is None:
             out, done = call(), now()
-            with torch.cuda.graph(graph):
+            # No two living graphs on one stream: when one dies, PyTorch 2.13 frees what cuBLAS needs on that stream (its issue 193402).
+            stream = _spare.pop() if _spare else torch.cuda.Stream()
+            weakref.finalize(graph, _spare.append, stream)
+            with torch.cuda.graph(graph, stream=stream):
                 recorded = call()  # nothing happens yet
             return *out, done
         graph.replay()
@@ -415,7 +432,7 @@ def find_device(name=None):
             torch.cuda.set_device(probe.device)  # events and graphs belong to the current one
         probe.item()
         return device
-    except (RuntimeError, AssertionError, TypeError):
+    except (RuntimeError, AssertionError, TypeError, ImportError):
         raise ValueError(f"there is no device {name!r} here") from None
 
 

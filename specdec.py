@@ -61,7 +61,7 @@ def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         best, token = probs.sort(-1, descending=True)
-        best.masked_fill_(best.cumsum(-1) - best >= top_p, 0)  # the mass *before* a token decides, so the best one always stays
+        best.masked_fill_(best.cumsum(-1) - best >= max(top_p, 1e-37), 0)  # the mass *before* a token decides, so the best one always stays
         probs = torch.zeros_like(probs).scatter_(-1, token, best / best.sum(-1, keepdim=True))
     return probs
 
@@ -774,7 +774,7 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
              top_p=None, eos=None, seed=None):  # fmt: skip
     """Continue prompt, (T,) or (B, T) int64, by max_new_tokens tokens a row, or up to and including the first eos.
 
-    drafter None is plain decoding; with a drafter the output has the same law, whatever the drafter and the rule, but for the
+    drafter None is plain decoding; one object can serve one call at a time. With a drafter the output has the same law, whatever the drafter and the rule, but for the
     rule that has "lossy" in its name. k: guesses per round, or "auto", which times 120 passes first (a second here: for many
     prompts, give them an `AutoK` to share); for a tree its depth, whatever k is. temperature, top_k, top_p: see `to_probs`. seed: equal seeds
     give equal output, but for k="auto", which follows the clock; None takes a new one from the system. With rule="coupled" the
@@ -798,7 +798,8 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection", 
     if prompt.ndim != 2 or prompt.dtype != torch.int64:
         raise ValueError(f"the prompt must be token ids, (T,) or (B, T) int64; it is {tuple(prompt.shape)} {prompt.dtype}")
     length, c, tree = prompt.shape[1] + max_new_tokens, target.config, isinstance(drafter, TreeDrafter)
-    known_k = k == "auto" or 1 <= (k.most if isinstance(k, FixedK) else k if isinstance(k, int) else 0) < c.block_size
+    n_guesses = k.most if isinstance(k, FixedK) else k if isinstance(k, int) else 0
+    known_k = drafter is None or k == "auto" or 1 <= n_guesses < c.block_size
     for right, message in (
         (0 <= prompt.min() <= prompt.max() < c.vocab_size, f"the prompt has tokens outside 0..{c.vocab_size - 1}"),
         (max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}; it cannot be negative"),
@@ -1131,7 +1132,10 @@ def main(argv=None):
             raise ValueError("a tree has a rule of its own, recursive rejection, and a shape of its own: leave out --rule and -k")
         if args.check and args.k == "auto":
             raise ValueError("--check needs a fixed k")
-        device, dtype = find_device(args.device), args.dtype and getattr(torch, args.dtype)
+        if args.check and args.dtype == "bfloat16":
+            raise ValueError("--check needs float32 or float16: in bfloat16 the law depends on how many tokens share a pass")
+        dtype = args.dtype or ("float32" if args.check else None)
+        device, dtype = find_device(args.device), dtype and getattr(torch, dtype)
         most = torch.get_num_threads()
         powers = sorted({2**i for i in range(most.bit_length())} | {most}) if device.type == "cpu" else ()
         target, draft, encoding = load_pair(args.checkpoints, device, dtype, [args.threads] if args.threads else powers)
@@ -1151,6 +1155,8 @@ def main(argv=None):
         repeating = prompts.pop() if repeats else None
     except FileNotFoundError as error:
         parser.error(f"{error.filename} is missing; `python train_tiny.py` makes it")
+    except (MemoryError, OverflowError):
+        parser.error(f"--batch is {args.batch}; there is no room for so many rows")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     sys.stdout.reconfigure(errors="replace")
@@ -1185,6 +1191,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it quietly,
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`
     main()

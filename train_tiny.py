@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
-from model import CHECKPOINTS, GPT, DraftHeads, GPTConfig, find_device, fingerprint, load_pair, make_encoding, save_checkpoint
-from model import save_heads, target_state_size, target_states, time_calls
+from model import CHECKPOINTS, GPT, DraftHeads, GPTConfig, find_device, fingerprint, load_pair, make_encoding
+from model import save_checkpoint, save_heads, save_whole, target_state_size, target_states, time_calls
 from specdec import Parser, rounds
 
 
@@ -86,7 +86,7 @@ def split_corpus(documents):
     """
     if len(documents) < 100:
         return [t[: len(t) * 19 // 20] for _, t in documents], [t[len(t) * 19 // 20 :] for _, t in documents]
-    held_out = [zlib.crc32(name.encode()) % 20 == 0 for name, _ in documents]
+    held_out = [zlib.crc32(os.fsencode(name)) % 20 == 0 for name, _ in documents]
     return [t for (_, t), h in zip(documents, held_out) if not h], [t for (_, t), h in zip(documents, held_out) if h]
 
 
@@ -228,10 +228,11 @@ class Run:
         self.state = {"settings": settings, "dtype": dtype, "finished": {}, "stage": None, "written": []}
         if self.path.exists():
             try:
-                state = torch.load(self.path, map_location=device, weights_only=True)
+                state = torch.load(self.path, map_location="cpu", weights_only=True)
+                same = state["settings"] == settings and dtype in (None, state["dtype"])
             except Exception as error:  # torch.load raises many kinds
                 raise ValueError(f"{self.path} is damaged: delete it") from error
-            if state["settings"] != settings:
+            if not same:
                 raise ValueError(f"{self.path} belongs to a run with other settings: finish that, or delete the file")
             self.state = state
             print(f"going on from {self.path}")
@@ -240,8 +241,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.state["dtype"] == "bfloat16")
 
     def save(self):
-        torch.save(self.state, f"{self.path}.new")
-        os.replace(f"{self.path}.new", self.path)
+        save_whole(self.path, self.state)
 
     def train(self, stage, model, loss_of, steps, seed, tokens_per_step):
         """Train model in place for `steps` steps, the learning rate warming up, then a cosine down to zero. Returns it.
@@ -259,7 +259,7 @@ class Run:
             model.load_state_dict(self.state["model"])
             for optimizer, saved in zip(optimizers, self.state["optimizers"]):
                 optimizer.load_state_dict(saved)
-            generator.set_state(self.state["generator"].cpu())
+            generator.set_state(self.state["generator"])
 
         interrupted = False
 
@@ -420,7 +420,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except (Interrupted, KeyboardInterrupt) as error:
-        print(str(error) or "interrupted; the same command goes on from what was saved", file=sys.stderr)
+        saved = "; the same command goes on from what was saved" * (args.checkpoints / "partial.pt").exists()
+        print(str(error) or f"interrupted{saved}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -456,6 +457,7 @@ def run(args):
     windows = held_out_windows(held_out, block_size)
     if stages.state["dtype"] is None:
         stages.state["dtype"] = faster_dtype(large, windows[: preset.batch_size].to(device))
+    stages.save()  # now, not hours later, is the time to learn that it cannot
     for title, model in (("large", large), ("tiny", tiny)):
         print(f"{title}: {sum(p.numel() for p in model.parameters()):,} weights, on {device}, in {stages.state['dtype']}", flush=True)
 
@@ -498,14 +500,6 @@ def run(args):
     for kind in heads:
         stages.train(kind, heads[kind], own_batch(some_positions), preset.steps[3], args.seed + 4, preset.batch_size * block_size)
 
-    # All files are complete before any name is taken. A run that dies in between still has partial.pt to go on from.
-    save_checkpoint(args.checkpoints / "large.pt.complete", large, encoding)
-    save_checkpoint(args.checkpoints / "tiny.pt.complete", tiny, encoding)
-    save_heads(args.checkpoints / "heads.pt.complete", large, heads["markov"], heads["blind"])
-    for title in ("large", "tiny", "heads"):
-        os.replace(args.checkpoints / f"{title}.pt.complete", args.checkpoints / f"{title}.pt")
-    stages.path.unlink()
-
     for title, model in (("large", large), ("tiny", tiny)):
         print(f"held-out loss of {title}: {held_out_loss(model, windows, device, autocast):.3f} nats per token")
     for where, *alphas in zip(measured, before, after):
@@ -515,6 +509,14 @@ def run(args):
         alphas = zip(*heads_alpha(heads[kind], wte, held_out_own, held_out_states))
         alphas = " ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in alphas)
         print(f"of the {kind} heads there, at guesses 1 to {N_AHEAD}: {alphas}")
+
+    # All files are complete before any name is taken. A run that dies in between still has partial.pt to go on from.
+    save_checkpoint(args.checkpoints / "large.pt.complete", large, encoding)
+    save_checkpoint(args.checkpoints / "tiny.pt.complete", tiny, encoding)
+    save_heads(args.checkpoints / "heads.pt.complete", large, heads["markov"], heads["blind"])
+    for title in ("heads", "large", "tiny"):  # tiny last: with --distill, its old file is what partial.pt belongs to
+        os.replace(args.checkpoints / f"{title}.pt.complete", args.checkpoints / f"{title}.pt")
+    stages.path.unlink()
     print(f"wrote large.pt, tiny.pt and heads.pt to {args.checkpoints} after {(time.perf_counter() - start) / 60:.1f} minutes")
 
 

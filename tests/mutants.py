@@ -232,6 +232,7 @@ CATALOGUE = [
     Mutant("Q7", "with fixed shapes the drafter reads too little", "-", "specdec.py", "drafter.unread = k.most + 1 if", "drafter.unread = k.most if", "graphs"),
     Mutant("Q8", "to record a graph is part of a round's time", "-", "model.py", "return *out, done", "return *out, now()", "graphs"),
     Mutant("Q9", "heads that stop by confidence in a graph", "-", "specdec.py", "heads, times, times is None", "heads, times, True", "graphs"),
+    Mutant("Q10", "two living graphs recorded on one stream", "pytorch/pytorch#193402", "model.py", "_spare.pop() if _spare else torch.cuda.Stream()", "None", "graphs"),
     # -- J: n-gram lookup
     Mutant("J2", "the last tokens match themselves", "-", "specdec.py", "(end < length[:, None])", "(end <= length[:, None])", "drafter"),
     Mutant("J3", "guesses from behind the end of the text", "-", "specdec.py", "[None] % (length - behind)[:, None]", "[None] + 0 * behind[:, None]", "drafter"),
@@ -314,6 +315,7 @@ CATALOGUE = [
            "if other._mergeable_ranks != encoding._mergeable_ranks or", "if", "command_line"),
     Mutant("L1b", "vocabularies are not compared", "ggml-org/llama.cpp#3812", "specdec.py",
            "if self.model.config.vocab_size != target.config.vocab_size:", "if False:", "decoding"),
+    Mutant("L2", "checksums are not looked at", "-", "model.py", "if zipfile.ZipFile(file).testzip():", "if False:", "model"),
     # -- the model, the figures, the training
     Mutant("M1", "GELU in its exact form", "-", "model.py",
            'return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))',
@@ -328,11 +330,12 @@ CATALOGUE = [
     Mutant("N3", "rows of a table that decode in alternation share a drafter", "-", "specdec.py", "(copy(drafter), ", "(drafter, ",
            "command_line -k alternation"),
     Mutant("T1", "a resumed run sees the first batches again", "-", "train_tiny.py",
-           '            generator.set_state(self.state["generator"].cpu())\n', "", "training"),
+           '            generator.set_state(self.state["generator"])\n', "", "training"),
     Mutant("T2", "distillation changes the undistilled draft kept for the report", "-", "train_tiny.py",
            "{name: weight.clone() for name, weight in model.state_dict().items()}", "model.state_dict()", "training"),
     Mutant("T3", "held-out texts are trained on", "-", "train_tiny.py",
            "return [t for (_, t), h in zip(documents, held_out) if not h],", "return [t for t in (t for _, t in documents)],", "training"),
+    Mutant("T4", "an end that was interrupted belongs to another run", "-", "train_tiny.py", '("heads", "large", "tiny")', '("tiny", "large", "heads")', "training"),
 ]  # fmt: skip
 FAST = ("A2", "B3", "E1", "F1", "G1", "X2", "I4")  # one of each kind, for the ordinary test command
 

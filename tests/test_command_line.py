@@ -251,6 +251,8 @@ def test_batch_dtype_and_filters(pair, capsys):
         (["--drafter", "tree", "-k", "3"], "shape of its own"),
         (["--tree", "500,500"], "a tree of 250500 guesses"),
         (["--check", "-k", "auto"], "--check needs a fixed k"),
+        (["--check", "--dtype", "bfloat16"], "--check needs float32 or float16"),
+        (["--batch", "1" + 20 * "0"], "no room for so many rows"),
         (["--sweep", "--check"], "not allowed with"),
     ],
 )

@@ -438,6 +438,11 @@ def test_a_draft_that_is_the_target_stays_right_for_changing_k():
 # -- bad arguments
 
 
+def test_plain_decoding_has_no_k_to_check():
+    assert len(generate(make_gpt(1, block_size=3), PROMPT[:1], 2).tokens[0]) == 2
+
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -34,7 +34,7 @@ class Graph:
     """In place of torch.cuda.CUDAGraph."""
 
     def __init__(self):
-        self.operations, self.generators, self.replays = [], [], 0
+        self.operations, self.generators, self.replays, self.stream = [], [], 0, None
         GRAPHS.append(self)
 
     def register_generator_state(self, generator):
@@ -53,9 +53,10 @@ class Graph:
 class Recording(TorchDispatchMode):
     """In place of torch.cuda.graph: what is done inside goes into the graph, and when it ends nothing has happened."""
 
-    def __init__(self, graph):
+    def __init__(self, graph, stream):
         super().__init__()
-        self.graph, self.before = graph, {}
+        assert all(stream is not other.stream for other in GRAPHS if other is not graph), "two living graphs on one stream"
+        self.graph, graph.stream, self.before = graph, stream, {}
 
     def __enter__(self):
         self.states = [generator.get_state() for generator in self.graph.generators]
@@ -87,6 +88,7 @@ class Recording(TorchDispatchMode):
 def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
     for module in ("model", "specdec"):
         monkeypatch.setattr(f"{module}.has_graphs", lambda device: True)
     GRAPHS.clear()

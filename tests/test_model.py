@@ -132,12 +132,14 @@ def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, content):
 def test_foreign_and_truncated_and_missing_checkpoints_are_refused(tmp_path, encoding):
     torch.save({"weights": {}}, tmp_path / "foreign.pt")
     save_checkpoint(tmp_path / "whole.pt", make_gpt(4, vocab_size=259), encoding)
-    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
+    whole = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[:5000])
+    (tmp_path / "byte.pt").write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     content = torch.load(tmp_path / "whole.pt")
     content["weights"].pop("ln_f.bias")
     torch.save(content, tmp_path / "incomplete.pt")
     save_checkpoint(tmp_path / "vocabulary.pt", make_gpt(4, vocab_size=258), encoding)
-    for name in ("foreign", "half", "incomplete", "vocabulary"):
+    for name in ("foreign", "half", "byte", "incomplete", "vocabulary"):
         with pytest.raises(ValueError, match="damaged, or not a checkpoint"):
             load_checkpoint(tmp_path / f"{name}.pt")
     with pytest.raises(FileNotFoundError):

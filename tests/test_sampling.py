@@ -47,6 +47,7 @@ def test_a_tiny_temperature_is_nearly_greedy_and_not_nan():
     """mutants.py K5: logits / 1e-38 overflows to inf, and inf - inf is NaN."""
     for temperature in (1e-38, 1e-300):  # the latter is 0 in float32
         assert to_probs(torch.tensor([1e4, 9e3, 9e3]), temperature).tolist() == [1, 0, 0]
+    assert to_probs(torch.tensor([1.0, 3.0, 2.0]), top_p=1e-300).tolist() == [0, 1, 0]
 
 
 def test_a_law_is_float32_or_better_and_leaves_the_logits_alone():

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,9 +94,10 @@ def test_ctrl_c_loses_nothing(train, tmp_path, monkeypatch, capsys):
         train("out")
     assert "other settings" in capsys.readouterr().err
     monkeypatch.setitem(PRESETS, "small", SMALL)
-    with pytest.raises(SystemExit) as exit:
-        train("out", "--seed", "9")
-    assert exit.value.code == 2 and "other settings" in capsys.readouterr().err
+    for other in (("--seed", "9"), ("--dtype", "bfloat16")):
+        with pytest.raises(SystemExit) as exit:
+            train("out", *other)
+        assert exit.value.code == 2 and "other settings" in capsys.readouterr().err
     assert same(train("out"), expected)
     assert capsys.readouterr().out.count("\n".join(report)) == 1
     assert not (tmp_path / "out" / "partial.pt").exists()
@@ -297,9 +299,47 @@ def test_ctrl_c_while_large_writes_keeps_what_is_written(train, tmp_path, monkey
     assert len(calls) == 4  # one batch, the interrupted one, the same again, and the held-out one
 
 
-def test_a_damaged_partial_run_is_refused(train, tmp_path, capsys):
+@pytest.mark.parametrize("when", ["the names are taken", "the report is made"])
+@pytest.mark.parametrize("options", [(), ("--distill",)])
+def test_an_end_that_is_interrupted_can_be_repeated(train, tmp_path, monkeypatch, capsys, when, options):
+    for folder in ("whole", "out"):
+        train(folder, "--seed", "5")
+    expected = train("whole", *options)
+    capsys.readouterr()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    def replace_and_stop(new, path, replace=os.replace):
+        replace(new, path)
+        if Path(path).name == "large.pt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(*((os, "replace", replace_and_stop) if when == "the names are taken" else (train_tiny, "held_out_loss", interrupted)))
+        with pytest.raises(SystemExit):
+            train("out", *options)
+    assert "the same command goes on" in capsys.readouterr().err
+    assert same(train("out", *options), expected)
+    assert not (tmp_path / "out" / "partial.pt").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk is always full here")
+def test_a_full_disk_is_found_out_at_once(train, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "partial.pt").write_bytes(b"PK half")
+    (tmp_path / "out" / "partial.pt.new").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as exit:
+        train("out")
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and "partial.pt cannot be written" in err and err.count("\n") == 1 and "step" not in out
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("content", [b"PK half", {"config": 1}, [1]])
+def test_a_damaged_partial_run_is_refused(train, tmp_path, capsys, content):
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "out" / "partial.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     with pytest.raises(SystemExit) as exit:
         train("out")
     assert exit.value.code == 2 and "partial.pt is damaged: delete it" in capsys.readouterr().err
