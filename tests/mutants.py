@@ -108,7 +108,7 @@ CATALOGUE = [
     Mutant("C12", "top-p of a law that is not scaled after top-k", "ml-explore/mlx-lm#388", "specdec.py",
            "    probs = logits.softmax(-1)\n", "    probs = logits.softmax(-1) * (1 if top_k is None else 0.9)\n", "sampling"),
     Mutant("C13", "top-p loses the token that reaches the mass", "-", "specdec.py",
-           "best.cumsum(-1) - best >= top_p", "best.cumsum(-1) > top_p", "sampling"),
+           "best.cumsum(-1) - best >= max(top_p, 1e-37)", "best.cumsum(-1) > max(top_p, 1e-37)", "sampling"),
     # -- D: bonus
     Mutant("D1", "bonus from the residual of the last guess", "SafeAILab/EAGLE#47", "specdec.py",
            'residual(at(target_probs, n_accepted), at(draft_probs, n_accepted)), generator)',
