@@ -54,8 +54,10 @@ class KVCache:
             self._new = self._kv[..., longest:S, :].unbind(1)
         else:
             self._new, self._slots = None, self.length[:, None] + self._slot[:T]
-            if not self.fixed:  # where it would go over the whole cache in every pass
-                # Hidden slots get weight 0, but 0 * NaN is NaN: whatever a shorter row has beyond its end becomes 0 as well.
+            if not self.fixed:
+                # Hidden slots get weight 0, but 0 * NaN is NaN: whatever a shorter row has beyond its end becomes 0 as well. (Of
+                # fixed shapes that would be the whole cache in every pass; there what is hidden has to be finite, and is: zeros,
+                # or keys and values of old.)
                 stale = self._slot[shortest + T : S] >= self.length[:, None] + T
                 self._kv[..., shortest + T : S, :].masked_fill_(stale[:, None, :, None], 0)
         if tree is None and self._new:

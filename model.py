@@ -290,7 +290,15 @@ def save_whole(path, content):
         os.replace(new, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter, on a full disk for instance
         new.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written") from error
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+
+
+def load_whole(file):
+    """What `save_whole` wrote, from an open file. It may raise any exception: the content is wrong, or a checksum."""
+    if zipfile.ZipFile(file).testzip():  # torch.load does not look at the checksums
+        raise ValueError("a checksum is wrong")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @contextmanager
@@ -298,11 +306,8 @@ def _load(path):
     """The content of a file, for a block that makes something of it; whatever goes wrong is told in one line."""
     with open(path, "rb") as file:
         try:
-            if zipfile.ZipFile(file).testzip():  # torch.load does not look at the checksums
-                raise ValueError("a checksum is wrong")
-            file.seek(0)
-            yield torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds
+            yield load_whole(file)
+        except Exception as error:
             raise ValueError(f"{path} is damaged, or not a checkpoint of this project ({type(error).__name__})") from error
 
 
@@ -330,7 +335,7 @@ def has_graphs(device):
     return device.type == "cuda" and device.index == torch.cuda.current_device()
 
 
-_spare = []  # streams on which graphs were recorded that are no more
+_spare = []  # streams of graphs that no longer exist, to be used again
 
 
 def capture(call, generator=None):
@@ -351,7 +356,8 @@ def capture(call, generator=None):
         nonlocal recorded
         if recorded is None:
             out, done = call(), now()
-            # No two living graphs on one stream: when one dies, PyTorch 2.13 frees what cuBLAS needs on that stream (its issue 193402).
+            # No two living graphs on one stream (of the 32 that PyTorch has): when one dies, PyTorch 2.13 frees what cuBLAS needs
+            # on that stream, also for the other (its issue 193402).
             stream = _spare.pop() if _spare else torch.cuda.Stream()
             weakref.finalize(graph, _spare.append, stream)
             with torch.cuda.graph(graph, stream=stream):

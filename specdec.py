@@ -45,9 +45,9 @@ from model import capture, has_graphs, now, pass_times, passes, target_state_siz
 def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (..., V) -> the law that tokens are drawn from: same shape, sums to 1, float32 (float64 if the logits are).
 
-    temperature 0 puts everything on the best token; any above is good, however small. top_k keeps the k best tokens, of equal
-    ones any, top_p the fewest best tokens that together reach that mass (Holtzman et al. 2019, arXiv 1904.09751); in this
-    order, each renormalised.
+    temperature 0 puts everything on the best token; any other works, however small. top_k keeps the k best tokens (of equals,
+    any), top_p the fewest best tokens that together reach that mass (Holtzman et al. 2019, arXiv 1904.09751); in this order,
+    each renormalised.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if temperature == 0:
@@ -61,7 +61,8 @@ def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         best, token = probs.sort(-1, descending=True)
-        best.masked_fill_(best.cumsum(-1) - best >= max(top_p, 1e-37), 0)  # the mass *before* a token decides, so the best one always stays
+        # The mass *before* a token decides, so the best one always stays (also where top_p would be 0 in float32).
+        best.masked_fill_(best.cumsum(-1) - best >= max(top_p, 1e-37), 0)
         probs = torch.zeros_like(probs).scatter_(-1, token, best / best.sum(-1, keepdim=True))
     return probs
 
@@ -93,7 +94,7 @@ def categorical(probs, generator=None, ahead=0):
 
 
 class Noise:
-    """For the coupled rule: in the place of a generator, a table with one u for each row, position and token.
+    """For the coupled rule: in the place of a generator, a table with one log u for each row, position and token.
 
     So whoever runs the race for some position of a row, and however often, it is the same race. The table follows from the
     seed, and from the sizes: with another number of rows, or another budget, it is another one.
@@ -280,7 +281,7 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     int64: the accepted nodes from node 0 on; behind the last, any.
     All nodes are judged, also those that no path reaches: for a small tree that is faster than to follow the path of each row.
     """
-    left = target_probs.clone()  # of the target's law after each node: what its children so far, had they all been refused, leave
+    left = target_probs.clone()  # of the target's law after each node, once the children judged so far have been refused
     chance = torch.ones_like(left[..., 0])  # of each node, to be kept
     elder, births = siblings(widths, left.device)
     for parent, child in births:
@@ -552,8 +553,8 @@ def ancestors(widths, device):
 
 @functools.cache
 def siblings(widths, device):
-    """elder (N+1, N+1) bool: [i, j], whether node j is an elder sibling of node i; and in order of birth, [(parents (n,), children (n,))]:
-    the eldest child of every node that has one, then the second, and so on."""
+    """-> elder (N+1, N+1) bool: [i, j], whether node j is an elder sibling of node i; and births, [(parents (n,), children (n,))]: the
+    eldest child of every node that has one, then the second, and so on."""
     tree = ancestors(widths, "cpu")
     parent = (tree.tril(-1) * torch.arange(1, len(tree) + 1)).amax(1) - 1  # the last of the ancestors before it; of the root, -1
     elder = (parent[:, None] == parent).tril(-1)
@@ -774,11 +775,12 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
              top_p=None, eos=None, seed=None):  # fmt: skip
     """Continue prompt, (T,) or (B, T) int64, by max_new_tokens tokens a row, or up to and including the first eos.
 
-    drafter None is plain decoding; one object can serve one call at a time. With a drafter the output has the same law, whatever the drafter and the rule, but for the
-    rule that has "lossy" in its name. k: guesses per round, or "auto", which times 120 passes first (a second here: for many
-    prompts, give them an `AutoK` to share); for a tree its depth, whatever k is. temperature, top_k, top_p: see `to_probs`. seed: equal seeds
-    give equal output, but for k="auto", which follows the clock; None takes a new one from the system. With rule="coupled" the
-    output is, up to rounding, the same for every drafter, every k, and for None.
+    drafter None is plain decoding; with a drafter the output has the same law, whatever the drafter and the rule, but for the
+    rule that has "lossy" in its name. A drafter serves one call at a time. k: guesses per round, or "auto", which times 120
+    passes first (a second here: for many prompts, give them an `AutoK` to share); for a tree its depth, whatever k is.
+    temperature, top_k, top_p: see `to_probs`. seed: equal seeds give equal output, but for k="auto", which follows the clock;
+    None takes a new one from the system. With rule="coupled" the output is, up to rounding, the same for every drafter, every
+    k, and for None.
     ValueError: an argument is out of range, does not fit the target, or prompt and budget exceed a block_size.
     """
     result = Result([[] for _ in torch.atleast_2d(torch.as_tensor(prompt))], Stats())
@@ -980,7 +982,7 @@ def same_text(target, drafter, prompt, max_new_tokens, k, encoding, seed, temper
     return f"coupled rule, seed {seed}: the texts part at token {first}, {words}: {why}"
 
 
-GLOSSARY = """the rows             who guesses, how many tokens a round, and (below it) other rules and ways: README, "Who guesses, and who judges";
+GLOSSARY = """the rows             who guesses, how many tokens a round, and (below it) other rules: README, "Who guesses, and who judges";
                      blind: not told the token just guessed; tree: the children of a node at each level
 tokens/s             after the prompt is read; of a batch, all texts together; * marks the fastest
 speed-up             over plain decoding: the ratio of the two tokens/s (and the quartiles of that ratio in single turns)
@@ -1155,8 +1157,8 @@ def main(argv=None):
         repeating = prompts.pop() if repeats else None
     except FileNotFoundError as error:
         parser.error(f"{error.filename} is missing; `python train_tiny.py` makes it")
-    except (MemoryError, OverflowError):
-        parser.error(f"--batch is {args.batch}; there is no room for so many rows")
+    except (MemoryError, OverflowError, RuntimeError) as error:  # PyTorch's allocators raise the last
+        parser.error(f"there is no room for a batch of {args.batch} ({type(error).__name__})")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     sys.stdout.reconfigure(errors="replace")

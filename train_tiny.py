@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
 from model import CHECKPOINTS, GPT, DraftHeads, GPTConfig, find_device, fingerprint, load_pair, make_encoding
-from model import save_checkpoint, save_heads, save_whole, target_state_size, target_states, time_calls
+from model import load_whole, save_checkpoint, save_heads, save_whole, target_state_size, target_states, time_calls
 from specdec import Parser, rounds
 
 
@@ -228,9 +228,10 @@ class Run:
         self.state = {"settings": settings, "dtype": dtype, "finished": {}, "stage": None, "written": []}
         if self.path.exists():
             try:
-                state = torch.load(self.path, map_location="cpu", weights_only=True)
+                with open(self.path, "rb") as file:
+                    state = load_whole(file)
                 same = state["settings"] == settings and dtype in (None, state["dtype"])
-            except Exception as error:  # torch.load raises many kinds
+            except Exception as error:
                 raise ValueError(f"{self.path} is damaged: delete it") from error
             if not same:
                 raise ValueError(f"{self.path} belongs to a run with other settings: finish that, or delete the file")
@@ -420,8 +421,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except (Interrupted, KeyboardInterrupt) as error:
-        saved = "; the same command goes on from what was saved" * (args.checkpoints / "partial.pt").exists()
-        print(str(error) or f"interrupted{saved}", file=sys.stderr)
+        print(str(error) or "interrupted; what is in partial.pt is kept", file=sys.stderr)
         sys.exit(130)
 
 

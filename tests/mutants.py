@@ -154,7 +154,7 @@ CATALOGUE = [
     Mutant("E22", "all rows masked as if they were the longest", "-", "kvcache.py",
            "mask = self._causal[positions, :S][:, None]", "mask = self._causal[longest:S, :S]", "kvcache"),
     Mutant("E23", "stale slots are masked, but NaN in them spreads", "-", "kvcache.py",
-           "            self._kv[..., shortest + T : S, :].masked_fill_(stale[:, None, :, None], 0)\n", "", "kvcache"),
+           "                self._kv[..., shortest + T : S, :].masked_fill_(stale[:, None, :, None], 0)\n", "", "kvcache"),
     Mutant("E24", "one row's tokens written where the longest row's go", "-", "kvcache.py",
            'self._visible[layer][:, self._row, :, self._slots] = kv.permute(1, 3, 0, 2, 4)',
            'self._visible[layer][..., -kv.shape[3] :, :] = kv', "kvcache"),

@@ -252,7 +252,7 @@ def test_batch_dtype_and_filters(pair, capsys):
         (["--tree", "500,500"], "a tree of 250500 guesses"),
         (["--check", "-k", "auto"], "--check needs a fixed k"),
         (["--check", "--dtype", "bfloat16"], "--check needs float32 or float16"),
-        (["--batch", "1" + 20 * "0"], "no room for so many rows"),
+        (["--batch", "1" + 20 * "0"], "no room for a batch of 1000"),
         (["--sweep", "--check"], "not allowed with"),
     ],
 )
