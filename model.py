@@ -290,25 +290,27 @@ def save_whole(path, content):
         os.replace(new, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter, on a full disk for instance
         new.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+        reason, *_ = str(error).split("\n")
+        raise OSError(f"{path} cannot be written: {reason}") from error
 
 
-def load_whole(file):
-    """What `save_whole` wrote, from an open file. It may raise any exception: the content is wrong, or a checksum."""
-    if zipfile.ZipFile(file).testzip():  # torch.load does not look at the checksums
-        raise ValueError("a checksum is wrong")
-    file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
+def load_whole(path):
+    """What `save_whole` wrote. OSError: it cannot be read. Any other exception: the content is wrong, or a checksum."""
+    with zipfile.ZipFile(path) as file:
+        if file.testzip():  # torch.load does not look at the checksums
+            raise ValueError("a checksum is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextmanager
 def _load(path):
     """The content of a file, for a block that makes something of it; whatever goes wrong is told in one line."""
-    with open(path, "rb") as file:
-        try:
-            yield load_whole(file)
-        except Exception as error:
-            raise ValueError(f"{path} is damaged, or not a checkpoint of this project ({type(error).__name__})") from error
+    try:
+        yield load_whole(path)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or not a checkpoint of this project ({type(error).__name__})") from error
 
 
 # -- time, and CUDA graphs ----------------------------------------------------------------------------------------------------

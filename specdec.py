@@ -901,11 +901,11 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=10, **options):
     over one token the mean in plain decoding, which is the first row.
     """
     B, middle = len(prompts[0]), len(prompts[0][0]) + max_new_tokens // 2
-    times = pass_times(target, B, middle, 8)
-    rows = {name: (copy(drafter), AutoK(times) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
+    prices = functools.cache(lambda: pass_times(target, B, middle, 8))  # asked only where k follows from them
+    rows = {name: (copy(drafter), AutoK(prices()) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
     for drafter, *_ in rows.values():
         if getattr(drafter, "times", None):
-            drafter.times = [t + n * times[0] / 10 for n, t in enumerate(times)]  # a guess costs about a tenth of a pass
+            drafter.times = [t + n * prices()[0] / 10 for n, t in enumerate(prices())]  # a guess costs about a tenth of a pass
     stats, speed_ups, seconds_of = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
     one_pass = functools.cache(functools.partial(passes, target, B, middle))
     start, i = now(), 0
@@ -1145,20 +1145,21 @@ def main(argv=None):
         heads = load_heads(args.checkpoints / "heads.pt", target) if wanted else []
         texts = (args.prompt,) if args.prompt is not None else ("for i in ",) if args.check else PROMPTS
         repeats = texts is PROMPTS and args.drafter in (None, "ngram") and not args.sweep
-        prompts = [torch.tensor([encoding.encode_ordinary(t)] * args.batch, device=device) for t in texts + (REPEATING,) * repeats]
         temperatures = (1.0, 0.0) if args.temperature is None else (args.temperature,)
         options = {"temperature": temperatures[0], "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
         k = int(args.k) if args.k and args.k.isdecimal() else args.k
         rows = contenders(draft, heads, args.drafter, args.rule, k, args.tree)
-        for prompt in prompts:  # refuses what cannot be decoded
-            for drafter, k, rule in rows.values():
-                k = 1 if k == "auto" else k  # without measuring anything yet
-                rounds(target, prompt, 5 if args.check else args.max_new_tokens, drafter, k, rule, **options)
+        try:
+            prompts = [torch.tensor([encoding.encode_ordinary(t)] * args.batch, device=device) for t in texts + (REPEATING,) * repeats]
+            for prompt in prompts:  # refuses what cannot be decoded
+                for drafter, k, rule in rows.values():
+                    k = 1 if k == "auto" else k  # without measuring anything yet
+                    rounds(target, prompt, 5 if args.check else args.max_new_tokens, drafter, k, rule, **options)
+        except (MemoryError, OverflowError, RuntimeError) as error:  # PyTorch's allocators raise the last
+            raise ValueError(f"there is no room for a batch of {args.batch} ({type(error).__name__})") from error
         repeating = prompts.pop() if repeats else None
     except FileNotFoundError as error:
         parser.error(f"{error.filename} is missing; `python train_tiny.py` makes it")
-    except (MemoryError, OverflowError, RuntimeError) as error:  # PyTorch's allocators raise the last
-        parser.error(f"there is no room for a batch of {args.batch} ({type(error).__name__})")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     sys.stdout.reconfigure(errors="replace")

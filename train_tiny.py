@@ -228,8 +228,7 @@ class Run:
         self.state = {"settings": settings, "dtype": dtype, "finished": {}, "stage": None, "written": []}
         if self.path.exists():
             try:
-                with open(self.path, "rb") as file:
-                    state = load_whole(file)
+                state = load_whole(self.path)
                 same = state["settings"] == settings and dtype in (None, state["dtype"])
             except Exception as error:
                 raise ValueError(f"{self.path} is damaged: delete it") from error
@@ -457,7 +456,8 @@ def run(args):
     windows = held_out_windows(held_out, block_size)
     if stages.state["dtype"] is None:
         stages.state["dtype"] = faster_dtype(large, windows[: preset.batch_size].to(device))
-    stages.save()  # now, not hours later, is the time to learn that it cannot
+    if not stages.path.exists():
+        stages.save()  # now, not hours later, is the time to learn that it cannot
     for title, model in (("large", large), ("tiny", tiny)):
         print(f"{title}: {sum(p.numel() for p in model.parameters()):,} weights, on {device}, in {stages.state['dtype']}", flush=True)
 

@@ -315,7 +315,7 @@ CATALOGUE = [
            "if other._mergeable_ranks != encoding._mergeable_ranks or", "if", "command_line"),
     Mutant("L1b", "vocabularies are not compared", "ggml-org/llama.cpp#3812", "specdec.py",
            "if self.model.config.vocab_size != target.config.vocab_size:", "if False:", "decoding"),
-    Mutant("L2", "checksums are not looked at", "-", "model.py", "if zipfile.ZipFile(file).testzip():", "if False:", "model"),
+    Mutant("L2", "checksums are not looked at", "-", "model.py", "if file.testzip():", "if False:", "model"),
     # -- the model, the figures, the training
     Mutant("M1", "GELU in its exact form", "-", "model.py",
            'return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))',

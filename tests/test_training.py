@@ -319,7 +319,7 @@ def test_an_end_that_is_interrupted_can_be_repeated(train, tmp_path, monkeypatch
         m.setattr(*((os, "replace", replace_and_stop) if when == "the names are taken" else (train_tiny, "held_out_loss", interrupted)))
         with pytest.raises(SystemExit):
             train("out", *options)
-    assert "partial.pt is kept" in capsys.readouterr().err
+    assert "partial.pt is kept" in capsys.readouterr().err and (tmp_path / "out" / "partial.pt").exists()
     assert same(train("out", *options), expected)
     assert not (tmp_path / "out" / "partial.pt").exists()
 
