@@ -215,10 +215,10 @@ def make_encoding(pattern, ranks):
 
 
 def save_checkpoint(path, model, encoding):
-    """Write config, weights in bfloat16, and tokenizer to one file, which appears complete or not at all."""
+    """Write config, weights and tokenizer to one file, which appears complete or not at all."""
     ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
     tokenizer = {"pattern": encoding._pat_str, "tokens": [token.decode("latin-1") for token in ranks]}
-    save_whole(path, {"config": asdict(model.config), "weights": _half(model), "tokenizer": tokenizer})
+    save_whole(path, {"config": asdict(model.config), "weights": _compact(model), "tokenizer": tokenizer})
 
 
 def load_checkpoint(path, device=None, dtype=None):
@@ -232,7 +232,7 @@ def load_checkpoint(path, device=None, dtype=None):
         raise ValueError("float16 is for processors with fbgemm")
     with _load(path) as content:
         model = GPT(GPTConfig(**content["config"]))
-        model.load_state_dict(content["weights"])
+        model.load_state_dict(_exact(content["weights"]))
         tokenizer = content["tokenizer"]
         ranks = {token.encode("latin-1"): i for i, token in enumerate(tokenizer["tokens"])}
         encoding = make_encoding(tokenizer["pattern"], ranks)
@@ -253,7 +253,7 @@ def has_float16(device=None):
 
 def save_heads(path, target, markov, blind):
     """Write both kinds of draft heads, and whose they are, to one file."""
-    save_whole(path, {"target": fingerprint(target), "markov": _half(markov), "blind": _half(blind)})
+    save_whole(path, {"target": fingerprint(target), "markov": _compact(markov), "blind": _compact(blind)})
 
 
 def load_heads(path, target):
@@ -264,9 +264,10 @@ def load_heads(path, target):
     heads = []
     with _load(path) as content:
         for kind in ("markov", "blind"):
-            V, n_embd = content[kind]["lm_head.weight"].shape
-            heads.append(DraftHeads(V, content[kind]["c_state.weight"].shape[1], n_embd, markov=kind == "markov"))
-            heads[-1].load_state_dict(content[kind])
+            weights = _exact(content[kind])
+            V, n_embd = weights["lm_head.weight"].shape
+            heads.append(DraftHeads(V, weights["c_state.weight"].shape[1], n_embd, markov=kind == "markov"))
+            heads[-1].load_state_dict(weights)
         whose = content["target"]
     if whose != fingerprint(target):
         raise ValueError(f"the heads in {path} belong to another target; `python train_tiny.py --distill` trains new ones")
@@ -278,8 +279,24 @@ def fingerprint(model):
     return zlib.crc32(model.wte.weight.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
 
 
-def _half(module):
-    return {name: weight.to(torch.bfloat16) for name, weight in module.state_dict().items()}
+def _compact(module):
+    """Weights as a file keeps them, in bfloat16; but each matrix between embedding and output, (n_in, n_out), in 8 bits: codes of that
+    shape and an exponent for each column, (n_out,), both int8, with weight = codes * 2^exponent.
+
+    To load that in bfloat16 or float16 loses nothing more, and to save it again changes nothing.
+    """
+    compact = {}
+    for name, weight in module.state_dict().items():
+        compact[name] = weight.to(torch.bfloat16)
+        if "c_" in name and weight.ndim == 2:
+            # A column's largest code is 64..127, unless all are so small that float16 has no smaller step.
+            exponent = (weight.float().abs().amax(0) / 127.5).frexp().exponent.clamp(min=-24)
+            compact[name] = weight.float().ldexp(-exponent).round().to(torch.int8), exponent.to(torch.int8)
+    return compact
+
+
+def _exact(compact):
+    return {name: w[0].float().ldexp(w[1]) if isinstance(w, tuple) else w for name, w in compact.items()}
 
 
 def save_whole(path, content):

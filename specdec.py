@@ -837,7 +837,6 @@ PROMPTS = (
     "import os\nimport sys\n\ndef main(argv=None):\n    if argv is None:\n        argv = sys.argv[1:]\n",
     "def binary_search(items, wanted):\n    \"\"\"Return the index of wanted in the sorted list items, or -1.\"\"\"\n",
     "class Stack:\n    \"\"\"A last-in, first-out container.\"\"\"\n\n    def __init__(self):\n",
-    "class TestParser(unittest.TestCase):\n\n    def test_empty(self):\n        self.assertEqual(",
 )
 REPEATING = "".join(f"    def test_{x}(self):\n        self.assertEqual(parse('{x}'), '{x}')\n\n" for x in "red green blue black".split())
 
@@ -1106,8 +1105,8 @@ def widths(text):
 
 def main(argv=None):
     parser = Parser(description="Speculative decoding beside plain decoding, with the pair of models in checkpoints/.")
-    parser.add_argument("--prompt", help="text to continue (default: four beginnings of Python code)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--prompt", help="text to continue (default: three beginnings of Python code)")
+    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: 48")
     parser.add_argument("-k", metavar="K", help='guesses per round, or "auto" (default: 4, for n-gram lookup 10)')
     parser.add_argument("--drafter", choices=("model", "ngram", "heads", "tree"), help="who guesses (default: each in turn)")
     parser.add_argument("--rule", choices=RULES, help="who judges (default: rejection, and for the draft model each in turn)")

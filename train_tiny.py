@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,21 +35,21 @@ from specdec import Parser, rounds
 class Preset:
     vocab_size: int  # the document separator included
     block_size: int  # length of a training window, and the longest text that the pair will decode
-    large: tuple  # n_layer, n_head, n_embd
+    large: tuple  # n_layer (even: it is trained with half of them first), n_head, n_embd
     tiny: tuple
     n_heads_embd: int  # width of the draft heads
     batch_size: int  # windows per step
     written: int  # batches of 128 windows that large writes
-    steps: tuple  # of large, of tiny, of distillation, of each kind of heads
+    steps: tuple  # of large with half of its layers, of large, of tiny, of distillation, of each kind of heads
     sample: int  # characters of the corpus that the tokenizer is trained on
 
 
 PRESETS = {
-    "tiny-cpu": Preset(512, 128, (4, 4, 128), (1, 2, 64), 64, 16, 2, (200, 200, 200, 100), 60_000),
-    "cpu": Preset(1024, 512, (12, 4, 224), (1, 4, 144), 144, 8, 18, (4000, 2500, 2500, 2800), 200_000),
-    "gpu": Preset(1024, 1024, (12, 12, 768), (2, 4, 128), 256, 64, 64, (3000, 2000, 10000, 5000), 200_000),
+    "tiny-cpu": Preset(512, 128, (4, 4, 128), (1, 2, 64), 64, 16, 2, (100, 100, 200, 200, 100), 60_000),
+    "cpu": Preset(1024, 512, (24, 4, 224), (1, 4, 144), 144, 8, 18, (4000, 2500, 2500, 2500, 2800), 200_000),
+    "gpu": Preset(1024, 1024, (12, 12, 768), (2, 4, 128), 256, 64, 64, (1500, 1500, 2000, 10000, 5000), 200_000),
 }
-PEAK_LR = {"large": 2e-3, "tiny": 4e-3, "distil": 1e-3, "markov": 5e-3, "blind": 5e-3}
+PEAK_LR = {"shallow": 2e-3, "large": 1.5e-3, "tiny": 4e-3, "distil": 1e-3, "markov": 5e-3, "blind": 5e-3}
 N_AHEAD = 4  # positions that the heads are trained on
 
 # GPT-2's: a word keeps the space before it; letters, digits and signs never share a token.
@@ -116,6 +116,25 @@ def text_loss(model, windows):
     """Mean cross-entropy of the next token, in nats. windows: (B, T + 1) int64."""
     logits, _ = model(windows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def grow(model):
+    """A GPT of twice as many layers that says the same: behind each layer a copy of it that adds nothing yet, since its c_proj are zero.
+
+    Trained from a shallow model, a deep one is ready sooner (progressive stacking, Gong et al. 2019); and where the new layers are
+    silent at first, nothing learnt is lost (block expansion, LLaMA Pro, Wu et al. 2024, arXiv 2401.02415).
+    """
+    grown = GPT(replace(model.config, n_layer=2 * model.config.n_layer)).to(model.wte.weight)
+    for name in ("wte", "wpe", "ln_f"):
+        grown.get_submodule(name).load_state_dict(model.get_submodule(name).state_dict())
+    for i, block in enumerate(grown.h):
+        block.load_state_dict(model.h[i // 2].state_dict())
+        if i % 2:
+            for c_proj in (block.attn.c_proj, block.mlp.c_proj):
+                c_proj.weight.zero_()
+                c_proj.bias.zero_()
+    return grown
 
 
 def agreement_loss(logits, target_logits, next_tokens):
@@ -439,8 +458,10 @@ def run(args):
         large, tiny, encoding = load_pair(args.checkpoints, device, torch.float32)
     else:
         encoding = train_tokenizer(texts, preset.vocab_size, preset.sample)
-        large, tiny = (GPT(GPTConfig(preset.vocab_size, preset.block_size, *shape)).to(device) for shape in (preset.large, preset.tiny))
-    block_size, wte = large.config.block_size, large.wte.weight
+        n_layer, *widths = preset.large
+        shapes = (n_layer // 2, *widths), preset.tiny
+        large, tiny = (GPT(GPTConfig(preset.vocab_size, preset.block_size, *shape)).to(device) for shape in shapes)
+    block_size = large.config.block_size
     tokens, held_out = encode(encoding, texts), encode(encoding, held_out_texts)
     if min(len(tokens), len(held_out)) < 2 * (block_size + 1):
         sizes = f"{len(tokens)} tokens to train on, {len(held_out)} held out"
@@ -458,17 +479,20 @@ def run(args):
         stages.state["dtype"] = faster_dtype(large, windows[: preset.batch_size].to(device))
     if not stages.path.exists():
         stages.save()  # now, not hours later, is the time to learn that it cannot
-    for title, model in (("large", large), ("tiny", tiny)):
-        print(f"{title}: {sum(p.numel() for p in model.parameters()):,} weights, on {device}, in {stages.state['dtype']}", flush=True)
+    print(f"on {device}, in {stages.state['dtype']}", flush=True)
 
     def text_batch(model, generator):
         first = torch.randint(len(tokens) - block_size, (preset.batch_size, 1), generator=generator)
         return text_loss(model, tokens[first + torch.arange(block_size + 1)].long().to(device, non_blocking=True))
 
     if not args.distill:
-        large = stages.train("large", large, text_batch, preset.steps[0], args.seed + 1, preset.batch_size * block_size)
-        tiny = stages.train("tiny", tiny, text_batch, preset.steps[1], args.seed + 2, preset.batch_size * block_size)
+        large = stages.train("shallow", large, text_batch, preset.steps[0], args.seed + 1, preset.batch_size * block_size)
+        large = stages.train("large", grow(large), text_batch, preset.steps[1], args.seed + 5, preset.batch_size * block_size)
+        tiny = stages.train("tiny", tiny, text_batch, preset.steps[2], args.seed + 2, preset.batch_size * block_size)
     large.eval().requires_grad_(False)
+    wte = large.wte.weight
+    for title, model in (("large", large), ("tiny", tiny)):
+        print(f"{title}: {sum(p.numel() for p in model.parameters()):,} weights", flush=True)
     heads = {kind: new_heads(large, preset.n_heads_embd, kind == "markov") for kind in ("markov", "blind")}
 
     # Tiny and the heads, on what large writes: of three batches two at temperature 1, one greedy.
@@ -495,10 +519,10 @@ def run(args):
     measured = {"held-out text": windows, "what large writes after held-out text": held_out_own.long()}
     before = [held_out_alpha(large, tiny, texts, device, autocast) for texts in measured.values()]
     distil = own_batch(lambda *batch: distillation_loss(*batch[:-1]))
-    tiny = stages.train("distil", tiny, distil, preset.steps[2], args.seed + 3, preset.batch_size * block_size)
+    tiny = stages.train("distil", tiny, distil, preset.steps[3], args.seed + 3, preset.batch_size * block_size)
     after = [held_out_alpha(large, tiny, texts, device, autocast) for texts in measured.values()]
     for kind in heads:
-        stages.train(kind, heads[kind], own_batch(some_positions), preset.steps[3], args.seed + 4, preset.batch_size * block_size)
+        stages.train(kind, heads[kind], own_batch(some_positions), preset.steps[4], args.seed + 4, preset.batch_size * block_size)
 
     for title, model in (("large", large), ("tiny", tiny)):
         print(f"held-out loss of {title}: {held_out_loss(model, windows, device, autocast):.3f} nats per token")

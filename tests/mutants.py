@@ -316,6 +316,8 @@ CATALOGUE = [
     Mutant("L1b", "vocabularies are not compared", "ggml-org/llama.cpp#3812", "specdec.py",
            "if self.model.config.vocab_size != target.config.vocab_size:", "if False:", "decoding"),
     Mutant("L2", "checksums are not looked at", "-", "model.py", "if file.testzip():", "if False:", "model"),
+    Mutant("L3", "weights in 8 bits are cut off, not rounded", "-", "model.py", "ldexp(-exponent).round()", "ldexp(-exponent)", "model"),
+    Mutant("L4", "an exponent that int8 cannot hold", "-", "model.py", ".clamp(min=-24)", "", "model"),
     # -- the model, the figures, the training
     Mutant("M1", "GELU in its exact form", "-", "model.py",
            'return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))',
@@ -336,6 +338,7 @@ CATALOGUE = [
     Mutant("T3", "held-out texts are trained on", "-", "train_tiny.py",
            "return [t for (_, t), h in zip(documents, held_out) if not h],", "return [t for t in (t for _, t in documents)],", "training"),
     Mutant("T4", "an end that was interrupted belongs to another run", "-", "train_tiny.py", '("heads", "large", "tiny")', '("tiny", "large", "heads")', "training"),
+    Mutant("T5", "the layers that a model grows speak before they have learnt", "-", "train_tiny.py", "                c_proj.bias.zero_()\n", "", "training -k grown"),
 ]  # fmt: skip
 FAST = ("A2", "B3", "E1", "F1", "G1", "X2", "I4")  # one of each kind, for the ordinary test command
 

@@ -17,7 +17,7 @@ def pair():
 
 def test_sizes(pair):
     large, tiny = (sum(p.numel() for p in model.parameters()) for model in pair[:2])
-    assert 6e6 < large < 8e6 and 0.3e6 < tiny < 0.5e6
+    assert 14e6 < large < 16e6 and 0.3e6 < tiny < 0.5e6
     assert sum(file.stat().st_size for file in CHECKPOINTS.iterdir() if file.name != "partial.pt") < 20e6
 
 

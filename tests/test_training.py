@@ -13,9 +13,9 @@ import torch.nn.functional as F
 import train_tiny
 from conftest import fresh_states, heads_logits, make_gpt, make_heads
 from model import DraftHeads, load_checkpoint, load_heads
-from train_tiny import PRESETS, Preset, distillation_loss, heads_alpha, heads_loss, held_out_alpha, held_out_windows, main, new_heads, read, read_corpus, split_corpus, write
+from train_tiny import PRESETS, Preset, distillation_loss, grow, heads_alpha, heads_loss, held_out_alpha, held_out_windows, main, new_heads, read, read_corpus, split_corpus, text_loss, write
 
-SMALL = Preset(280, 16, (2, 2, 8), (1, 1, 8), 8, 4, 2, (6, 4, 5, 3), 3000)
+SMALL = Preset(280, 16, (4, 2, 8), (1, 1, 8), 8, 4, 2, (3, 6, 4, 5, 3), 3000)
 
 
 @pytest.fixture
@@ -68,13 +68,13 @@ def test_seeds(train):
 
 
 def test_ctrl_c_loses_nothing(train, tmp_path, monkeypatch, capsys):
-    """Interrupted in four stages and continued, a run ends with the very weights of one that was not; a pair that was there stays till then."""
+    """Interrupted in five stages and continued, a run ends with the very weights of one that was not; a pair that was there stays till then."""
     expected = train("whole")
     report = [line for line in capsys.readouterr().out.splitlines() if "acceptance rate on" in line or "held-out loss" in line or "of the" in line]
     assert len(report) == 6
     other = train("out", "--seed", "9")
     show = train_tiny.Progress.show
-    for stage, step in (("large", 3), ("tiny", 1), ("distil", 2), ("blind", 1)):
+    for stage, step in (("shallow", 1), ("large", 3), ("tiny", 1), ("distil", 2), ("blind", 1)):
 
         def interrupt(self, done, loss):
             show(self, done, loss)
@@ -89,7 +89,7 @@ def test_ctrl_c_loses_nothing(train, tmp_path, monkeypatch, capsys):
         assert same(weights(tmp_path / "out"), other)
 
     monkeypatch.setattr(train_tiny.Progress, "show", show)
-    monkeypatch.setitem(PRESETS, "small", replace(SMALL, steps=(7, 4, 5, 3)))
+    monkeypatch.setitem(PRESETS, "small", replace(SMALL, steps=(3, 7, 4, 5, 3)))
     with pytest.raises(SystemExit):
         train("out")
     assert "other settings" in capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_the_report_is_about_held_out_text(train, corpus, capsys, monkeypatch):
     def loss_of_large(out):
         return float(re.search(r"loss of large: ([\d.]+)", out)[1])
 
-    monkeypatch.setitem(PRESETS, "small", replace(SMALL, steps=(60, 1, 1, 1)))
+    monkeypatch.setitem(PRESETS, "small", replace(SMALL, steps=(1, 60, 1, 1, 1)))
     train("a")
     before = loss_of_large(capsys.readouterr().out)
     held_out = split_corpus(read_corpus(corpus))[1]
@@ -218,6 +218,18 @@ def test_heads_are_trained_on_what_they_do_when_decoding(markov):
             draft = heads_logits(heads, target, texts[b, : s + 1].tolist(), texts[b, s + 1 : s + 4].tolist()).softmax(-1)
             expected = torch.minimum(draft, logits[b, s : s + 4].softmax(-1)).sum(-1)
             torch.testing.assert_close(alphas[:, b, m], expected.float(), rtol=0, atol=1e-5, check_dtype=False)
+
+
+def test_grown_it_says_the_same_and_the_new_layers_learn():
+    small, tokens = make_gpt(1, n_layer=2).float().requires_grad_(True), torch.randint(7, (3, 12))
+    for name, weight in small.named_parameters():
+        if name.endswith("bias"):
+            weight.data.normal_()
+    grown = grow(small)
+    assert grown.config == replace(small.config, n_layer=4) and len({w.data_ptr() for w in (*grown.parameters(), *small.parameters())}) == 28 + 52
+    assert torch.equal(grown(tokens)[0], small(tokens)[0])
+    text_loss(grown, tokens).backward()
+    assert all(block.mlp.c_proj.weight.grad.abs().max() > 0 for block in grown.h)
 
 
 def test_large_reads_texts_for_their_states():
