@@ -904,7 +904,7 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=10, **options):
     rows = {name: (copy(drafter), AutoK(prices()) if k == "auto" else k, rule) for name, (drafter, k, rule) in rows.items()}
     for drafter, *_ in rows.values():
         if getattr(drafter, "times", None):
-            drafter.times = [t + n * prices()[0] / 10 for n, t in enumerate(prices())]  # a guess costs about a tenth of a pass
+            drafter.times = [t + n * prices()[0] / 10 for n, t in enumerate(prices())]  # a guess is taken for a tenth of a pass
     stats, speed_ups, seconds_of = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
     one_pass = functools.cache(functools.partial(passes, target, B, middle))
     start, i = now(), 0

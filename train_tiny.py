@@ -225,7 +225,7 @@ def new_heads(large, n_embd, markov):
 def make_optimizers(model):
     """Muon for the matrices of the layers, AdamW for embeddings, output and vectors; one learning rate serves both.
 
-    Muon (Jordan et al. 2024) makes each step's update near-orthogonal. After 250 steps on the default corpus, held-out loss
+    Muon (Jordan et al. 2024) makes each step's update near-orthogonal. After 250 steps of 12 layers on the default corpus, held-out loss
     was 3.89 with it and 4.45 with AdamW alone, in about the same time.
     """
     matrices, others = [], []
