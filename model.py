@@ -280,8 +280,8 @@ def fingerprint(model):
 
 
 def _compact(module):
-    """Weights as a file keeps them, in bfloat16; but each matrix between embedding and output, (n_in, n_out), in 8 bits: codes of that
-    shape and an exponent for each column, (n_out,), both int8, with weight = codes * 2^exponent.
+    """Weights as a file keeps them, in bfloat16; but each matrix between embedding and output in 8 bits: codes of the same shape (m, n)
+    and an exponent for each column, (n,), both int8, with weight = codes * 2^exponent.
 
     To load that in bfloat16 or float16 loses nothing more, and to save it again changes nothing.
     """

@@ -21,13 +21,14 @@ def test_sizes(pair):
     assert sum(file.stat().st_size for file in CHECKPOINTS.iterdir() if file.name != "partial.pt") < 20e6
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_the_draft_is_good(pair, temperature):
-    """A floor under alpha, near .6: a draft that is broken, or not distilled (.50 to .53 here), stays right and gets slow."""
+@pytest.mark.parametrize("temperature, floor", [(0, 0.65), (1, 0.58)])
+def test_the_draft_is_good(pair, temperature, floor):
+    """A floor under alpha, .75 and .63 here: a draft that is broken, or distilled from another target (.51 at temperature 1), stays
+    right and gets slow."""
     target, draft, encoding = pair
     prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1)
     stats = generate(target, prompt, 60, drafter=ModelDrafter(draft), k=4, temperature=temperature, seed=0).stats
-    assert stats.expected_acceptance_rate > 0.55
+    assert stats.expected_acceptance_rate > floor
 
 
 def test_the_heads_are_good_and_better_when_told(pair):
