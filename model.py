@@ -287,11 +287,12 @@ def _compact(module):
     """
     compact = {}
     for name, weight in module.state_dict().items():
-        compact[name] = weight.to(torch.bfloat16)
         if "c_" in name and weight.ndim == 2:
             # A column's largest code is 64..127, unless all are so small that float16 has no smaller step.
             exponent = (weight.float().abs().amax(0) / 127.5).frexp().exponent.clamp(min=-24)
             compact[name] = weight.float().ldexp(-exponent).round().to(torch.int8), exponent.to(torch.int8)
+        else:
+            compact[name] = weight.to(torch.bfloat16)
     return compact
 
 

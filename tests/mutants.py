@@ -338,7 +338,7 @@ CATALOGUE = [
     Mutant("T3", "held-out texts are trained on", "-", "train_tiny.py",
            "return [t for (_, t), h in zip(documents, held_out) if not h],", "return [t for t in (t for _, t in documents)],", "training"),
     Mutant("T4", "an end that was interrupted belongs to another run", "-", "train_tiny.py", '("heads", "large", "tiny")', '("tiny", "large", "heads")', "training"),
-    Mutant("T5", "the layers that a model grows speak before they have learnt", "-", "train_tiny.py", "                c_proj.bias.zero_()\n", "", "training -k grown"),
+    Mutant("T5", "the layers that a model grows speak before they have learnt", "-", "train_tiny.py", "            c_proj.bias.zero_()\n", "", "training -k grown"),
 ]  # fmt: skip
 FAST = ("A2", "B3", "E1", "F1", "G1", "X2", "I4")  # one of each kind, for the ordinary test command
 
