@@ -138,8 +138,8 @@ class GPT(nn.Module):
         x = (self.wte(tokens) + self.wpe(positions)).flatten(0, 1)
         for layer, block in enumerate(self.h):
             x = block(x, B, layer, cache, mask)
-        hidden = self.ln_f(x).unflatten(0, (B, T))
-        return F.linear(hidden, self.wte.weight), hidden
+        hidden = self.ln_f(x)
+        return F.linear(hidden, self.wte.weight).unflatten(0, (B, T)), hidden.unflatten(0, (B, T))
 
     def new_cache(self, batch_size, max_length=None, fixed=False):
         """An empty cache for B rows of up to max_length tokens (block_size unless told)."""
@@ -184,20 +184,28 @@ class DraftHeads(nn.Module):
     def __init__(self, vocab_size, n_state, n_embd, markov=True):
         super().__init__()
         self.config = GPTConfig(vocab_size, block_size=0, n_layer=1, n_head=4, n_embd=n_embd)
-        self.c_state = nn.Linear(n_state, n_embd)
+        self.c_state = Conv1D(n_state, n_embd)
         self.wte = nn.Embedding(vocab_size, n_embd) if markov else None
         self.c_in = Conv1D((1 + markov) * n_embd, n_embd, std=((1 + markov) * n_embd) ** -0.5)
         self.h = nn.ModuleList([Block(self.config)])
         self.ln_f = nn.LayerNorm(n_embd)
-        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.lm_head = Conv1D(n_embd, vocab_size)
         self.confidence = nn.Linear(n_embd, 1)
 
     def forward(self, state, tokens, cache, tree=None):
-        """state (B, T, n_embd) before each of the tokens (B, T) int64 -> the state after it, of which `lm_head` makes logits."""
+        """state (B, T, n_embd) before each of the tokens (B, T) int64 -> the state after it."""
         _, mask = cache.extend(tokens.shape[1], tree)
         x = state if self.wte is None else torch.cat((state, self.wte(tokens)), -1)
         x = state.flatten(0, 1) + self.c_in(x.flatten(0, 1))
         return self.ln_f(self.h[0](x, len(tokens), 0, cache, mask)).view_as(state)
+
+    def state(self, states):
+        """The state that follows from `target_states`: (B, T, n_state) -> (B, T, n_embd)."""
+        return self.c_state(states.flatten(0, 1)).unflatten(0, states.shape[:2])
+
+    def logits(self, state):
+        """Of the next token: (B, T, n_embd) -> (B, T, V)."""
+        return self.lm_head(state.flatten(0, 1)).unflatten(0, state.shape[:2])
 
     def acceptance(self, state):
         """The chance that a guess drawn from this state's law will be accepted, as learnt: (B, T, n_embd) -> (B, T)."""
@@ -265,8 +273,8 @@ def load_heads(path, target):
     with _load(path) as content:
         for kind in ("markov", "blind"):
             weights = _exact(content[kind])
-            V, n_embd = weights["lm_head.weight"].shape
-            heads.append(DraftHeads(V, weights["c_state.weight"].shape[1], n_embd, markov=kind == "markov"))
+            n_embd, V = weights["lm_head.weight"].shape
+            heads.append(DraftHeads(V, len(weights["c_state.weight"]), n_embd, markov=kind == "markov"))
             heads[-1].load_state_dict(weights)
         whose = content["target"]
     if whose != fingerprint(target):
@@ -466,7 +474,7 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
     """-> target, draft, encoding. dtype None: by a short race in plain decoding.
 
     threads: numbers of threads to choose among in the same race (PyTorch is set to the winner); none: as many as there are. On
-    a shared machine a race cannot tell 20% apart: among those that are so close, the fewest threads are taken, and then a pass
+    a shared machine a race cannot tell 10% apart: among those that are so close, the fewest threads are taken, and then a pass
     over five tokens decides. The draft is in float32 where the target is in float16: it is too small to gain by that.
     OSError, ValueError: as `load_checkpoint`; or the two have different tokenizers.
     """
@@ -474,7 +482,7 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
     dtypes = (dtype,) if dtype else (torch.float32, torch.bfloat16) + (torch.float16,) * has_float16(device)
     targets = {d: load_checkpoint(folder / "large.pt", device, d) for d in dtypes}
     choices = [(d, n) for d in dtypes for n in threads or (torch.get_num_threads(),)]
-    for turns, close in (3, 1.5), (20, 1.2):  # a heat, which bfloat16 survives on few processors, and the race
+    for turns, close in (3, 1.5), (20, 1.1):  # a heat, which bfloat16 survives on few processors, and the race
         cost = race(targets, choices, 1, turns)
         choices = [choice for choice in choices if cost[choice] < close * min(cost.values())]
     choices = [(d, n) for d, n in choices if n == min(n for _, n in choices)]

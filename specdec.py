@@ -446,7 +446,7 @@ class HeadsDrafter(Drafter):
         self.heads, self.times, self.graphs = heads, times, times is None
 
     def check(self, target, length):
-        ours = f"{self.heads.config.vocab_size} x {self.heads.c_state.in_features} {self.heads.lm_head.weight.dtype}"
+        ours = f"{self.heads.config.vocab_size} x {len(self.heads.c_state.weight)} {self.heads.lm_head.weight.dtype}"
         theirs = f"{target.config.vocab_size} x {target_state_size(target.config)} {target.wte.weight.dtype}"
         if ours != theirs:
             raise ValueError(f"heads for a target of another shape, {ours}, not {theirs}; `python train_tiny.py --distill` trains new ones")
@@ -461,16 +461,16 @@ class HeadsDrafter(Drafter):
     def read(self, text, where):
         """Read the tokens of text at `where` (B, n), each with what the target knew before it: before the first, at slot -1, nothing."""
         states = target_states(self.hidden[self.row, where], self.target_cache, where - 1).masked_fill(where[..., None] == 0, 0)
-        return self.heads(self.heads.c_state(states), text.gather(1, where), self.cache)
+        return self.heads(self.heads.state(states), text.gather(1, where), self.cache)
 
     def begin(self, text, length):
         self.state = catch_up(self.cache, length, self.unread, functools.partial(self.read, text))
-        return self.heads.lm_head(self.state)
+        return self.heads.logits(self.state)
 
     def step(self, tokens, tree=None):
         state = self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)
         self.state = self.heads(state, tokens, self.cache, tree)
-        return self.heads.lm_head(self.state)
+        return self.heads.logits(self.state)
 
     def go_on(self, n):
         if self.times is None:
@@ -869,7 +869,8 @@ def tell(story, encoding, prompt=""):
 
 def contenders(draft, heads, drafter, rule, k, tree):
     """{name: (drafter or None, k, rule)}, plain decoding first: the rows of the table. None as drafter, rule or k: all of them."""
-    judge, k, ngram_k = rule or "rejection", *((4, 10) if k is None else (k, k))  # a lookup costs next to nothing: it may guess more
+    # A lookup costs next to nothing: it may guess more. Heads may, since more of their guesses are good.
+    judge, k, heads_k, ngram_k = rule or "rejection", *((4, 6, 10) if k is None else (k, k, k))
     shape = ",".join(map(str, tree))
     rows = {"plain decoding": (None, 1, "rejection")}
     if drafter in (None, "model"):
@@ -881,10 +882,10 @@ def contenders(draft, heads, drafter, rule, k, tree):
     if drafter in (None, "ngram"):
         rows[f"n-gram lookup, k={ngram_k}"] = (NGramDrafter(), ngram_k, judge)
     if heads and drafter in (None, "heads"):
-        rows[f"heads, k={k}"] = (HeadsDrafter(heads[0]), k, judge)
+        rows[f"heads, k={heads_k}"] = (HeadsDrafter(heads[0]), heads_k, judge)
         if rule is None:
-            rows["  block rule (heads)"] = (HeadsDrafter(heads[0]), k, "block")
-        rows["  blind, as Medusa's"] = (HeadsDrafter(heads[1]), k, judge)
+            rows["  block rule (heads)"] = (HeadsDrafter(heads[0]), heads_k, "block")
+        rows["  blind, as Medusa's"] = (HeadsDrafter(heads[1]), heads_k, judge)
         rows["  k by confidence"] = (HeadsDrafter(heads[0], "measure"), 8, judge)
     if judge == "rejection" and drafter in (None, "tree"):
         rows[f"tree {shape}, model"] = (TreeDrafter(ModelDrafter(draft), tree), 1, judge)
@@ -893,8 +894,8 @@ def contenders(draft, heads, drafter, rule, k, tree):
     return rows
 
 
-def compare(target, rows, prompts, max_new_tokens, seed, seconds=10, **options):
-    """Decode the prompts by every row, again and again for about so many seconds; meanwhile, time passes of the target.
+def compare(target, rows, prompts, max_new_tokens, seed, seconds=15, **options):
+    """Decode all prompts by every row, again as often as fits into so many seconds; meanwhile, time passes of the target.
 
     -> {name: Stats}, {name: [speed-up in each turn]}, {name: as `predict` says}. Of the time of a pass the median is taken, but
     over one token the mean in plain decoding, which is the first row.
@@ -907,12 +908,12 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=10, **options):
             drafter.times = [t + n * prices()[0] / 10 for n, t in enumerate(prices())]  # a guess is taken for a tenth of a pass
     stats, speed_ups, seconds_of = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
     one_pass = functools.cache(functools.partial(passes, target, B, middle))
-    start, i = now(), 0
-    while i < len(prompts) or (now() - start < seconds and i < 5 * len(prompts)):
+    start, i, n = now(), 0, len(prompts)
+    while i < n or i % n or ((now() - start) * (i + n) / i < seconds and i < 5 * n):
         # All at once, 16 tokens at a time: what the machine does meanwhile, it does to all of them.
         options |= {"seed": (seed + i) % 2**63}
         turn = {name: Stats() for name in rows}
-        going = {name: rounds(target, prompts[i % len(prompts)], max_new_tokens, *row, **options) for name, row in rows.items()}
+        going = {name: rounds(target, prompts[i % n], max_new_tokens, *row, **options) for name, row in rows.items()}
         while going:
             name = min(going, key=lambda name: turn[name].emitted)
             goal = turn[name].emitted + 16 * B
@@ -1107,7 +1108,7 @@ def main(argv=None):
     parser = Parser(description="Speculative decoding beside plain decoding, with the pair of models in checkpoints/.")
     parser.add_argument("--prompt", help="text to continue (default: three beginnings of Python code)")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: 48")
-    parser.add_argument("-k", metavar="K", help='guesses per round, or "auto" (default: 4, for n-gram lookup 10)')
+    parser.add_argument("-k", metavar="K", help='guesses per round, or "auto" (default: 4, for heads 6, for n-gram lookup 10)')
     parser.add_argument("--drafter", choices=("model", "ngram", "heads", "tree"), help="who guesses (default: each in turn)")
     parser.add_argument("--rule", choices=RULES, help="who judges (default: rejection, and for the draft model each in turn)")
     parser.add_argument("--tree", type=widths, default=(2, 1, 1, 1), metavar="W,W,..", help="children per node at each level (default: 2,1,1,1)")

@@ -193,10 +193,10 @@ def heads_loss(heads, wte, windows, states, start, n=N_AHEAD):
     row = torch.arange(len(windows), device=windows.device)[:, None]
     cache = Chains(start)
     before = F.pad(states.to(wte.dtype), (0, 0, 1, -1))  # the states before each token; nothing before the first
-    state = heads(heads.c_state(before), windows, cache)[row, start]
+    state = heads(heads.state(before), windows, cache)[row, start]
     loss, alphas = 0.0, []
     for i in range(1, n + 1):
-        logits = heads.lm_head(state)
+        logits = heads.logits(state)
         target_logits = logits_of(states[row, start + i - 1], wte)
         one, alpha = agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[row, start + i].flatten())
         confidence = F.binary_cross_entropy_with_logits(heads.confidence(state.detach()).flatten().float(), alpha)
@@ -214,8 +214,8 @@ def new_heads(large, n_embd, markov):
     n_embd = min(n_embd, wte.shape[1])
     heads = DraftHeads(len(wte), target_state_size(large.config), n_embd, markov).to(wte.device)
     directions = torch.linalg.svd(wte, full_matrices=False).Vh[:n_embd]  # (n_embd, D)
-    heads.c_state.weight.zero_()[:, : wte.shape[1]] = directions
-    heads.lm_head.weight.copy_(wte @ directions.T)
+    heads.c_state.weight.zero_()[: wte.shape[1]] = directions.T
+    heads.lm_head.weight.copy_(directions @ wte.T)
     if markov:
         heads.wte.weight.copy_(wte @ directions.T / wte.std())  # as large as the state beside which it is read
     return heads

@@ -129,12 +129,12 @@ def fresh_states(target, tokens):
 
 def heads_logits(heads, target, text, guesses=()):
     """What heads say after a text, and after each guess behind it, every pass from an empty cache: (1 + len(guesses), V)."""
-    states, logits = heads.c_state(F.pad(fresh_states(target, torch.tensor([text])), (0, 0, 1, -1))), []
+    states, logits = heads.state(F.pad(fresh_states(target, torch.tensor([text])), (0, 0, 1, -1))), []
     for i in range(len(guesses) + 1):
         tokens = torch.tensor([[*text, *guesses[:i]]])
         state = heads(states, tokens, heads.new_cache(1, tokens.shape[1]))[:, -1:]
         states = torch.cat((states, state), 1)
-        logits.append(heads.lm_head(state)[0, 0])
+        logits.append(heads.logits(state)[0, 0])
     return torch.stack(logits)
 
 

@@ -197,10 +197,10 @@ def test_heads_learn_to_count():
     assert before.shape == error.shape == (4,) and (before < 0.4).all() and (after > 0.9).all()
     heads.requires_grad_(False)
     cache, guesses = heads.new_cache(1, 20), []
-    state = heads.c_state(F.pad(wte[[1, 2, 3]], (0, 0, 1, 0)))[None]  # before tokens 0 to 3
+    state = heads.state(F.pad(wte[[1, 2, 3]], (0, 0, 1, 0))[None])  # before tokens 0 to 3
     state = heads(state, torch.tensor([[0, 1, 2, 3]]), cache)[:, -1:]
     for _ in range(6):
-        guesses.append(heads.lm_head(state).argmax().item())
+        guesses.append(heads.logits(state).argmax().item())
         state = heads(state, torch.tensor([guesses[-1:]]), cache)
     assert guesses == [4, 5, 6, 0, 1, 2]
     assert (heads.acceptance(state) > 0.8).all()  # and they know that they are right
@@ -252,8 +252,7 @@ def test_heads_begin_as_the_targets_own_output_layer():
         heads = new_heads(target, n_embd, True)
         assert heads.config.n_embd == min(n_embd, 8)
         with torch.no_grad():
-            heads.c_state.bias.zero_()
-            ours, theirs = heads.lm_head(heads.c_state(states)), states[..., :8] @ target.wte.weight.T
+            ours, theirs = heads.logits(heads.state(states)), states[..., :8] @ target.wte.weight.T
         error = ((ours - theirs).norm() / theirs.norm()).item()
         assert error < 1e-5 if n_embd >= 8 else 1e-2 < error < 0.7
 
@@ -270,7 +269,7 @@ def test_the_confidence_learns_how_often_guesses_are_accepted():
         heads_loss(heads, wte, texts, hidden, start)[0].backward()
         optimizer.step()
     heads.requires_grad_(False)
-    state = heads(heads.c_state(F.pad(hidden, (0, 0, 1, -1))), texts, heads.new_cache(16, 20))
+    state = heads(heads.state(F.pad(hidden, (0, 0, 1, -1))), texts, heads.new_cache(16, 20))
     assert 0.35 < heads.acceptance(state).mean() < 0.65
 
 
