@@ -1,11 +1,14 @@
 """The loop: against plain decoding, at every edge, and what it leaves in both caches."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import make_gpt
+from conftest import make_heads as heads_that_differ
 from model import DraftHeads, pass_times
 from specdec import AutoK, FixedK, HeadsDrafter, ModelDrafter, NGramDrafter, Stats, TreeDrafter, generate, rounds
 from test_kvcache import poison
@@ -150,8 +153,9 @@ def test_plain_decoding_ends_each_row_at_its_own_eos():
 
 def test_a_row_that_has_ended_has_no_say_in_how_much_is_guessed():
     """The passes that go on for one row have the sizes that they have when it is alone."""
-    drafter, prompts, sizes = make_heads(times=[1, 1.2, 1.4, 1.6, 1.8]), PROMPTS[[1, 0]], set()
-    for eos in range(7):
+    prompts, sizes = PROMPTS[[1, 0]], set()
+    for seed, eos in itertools.product(range(3), range(7)):
+        drafter = HeadsDrafter(heads_that_differ(seed, 7, 16), [1, 1.2, 1.4, 1.6, 1.8])
         alone, together = ([(r.n_new.tolist(), r.size) for r in rounds(TARGET, p, 40, drafter, 4, temperature=0, eos=eos)] for p in (prompts[:1], prompts))
         last = [size for (n_new, *other), size in together if n_new and other == [0]]
         assert last == [size for _, size in alone][len(alone) - len(last) :]

@@ -157,8 +157,8 @@ def test_heads_guess_from_the_targets_states(markov, n_layer, n_state):
 
 
 def test_heads_in_rows_shorter_than_what_another_row_lacks():
-    for seed in range(5):
-        assert_heads_guess_right(make_heads(0, 7, 16), MODEL, [[3], [5], [1]], k=4, temperature=3.0, seed=seed)
+    for seed in range(8):  # with some heads and coins no row ever lacks more than another has
+        assert_heads_guess_right(make_heads(seed, 7, 16), MODEL, [[3], [5], [1]], k=4, temperature=3.0, seed=seed)
 
 
 def assert_heads_guess_right(heads, model, texts, k, temperature=1.0, seed=1):
