@@ -138,7 +138,7 @@ class GPT(nn.Module):
         x = (self.wte(tokens) + self.wpe(positions)).flatten(0, 1)
         for layer, block in enumerate(self.h):
             x = block(x, B, layer, cache, mask)
-        hidden = self.ln_f(x)
+        hidden = self.ln_f(x)  # as rows still: multiplied as (1, T, D) they would take longer (README, "What was found")
         return F.linear(hidden, self.wte.weight).unflatten(0, (B, T)), hidden.unflatten(0, (B, T))
 
     def new_cache(self, batch_size, max_length=None, fixed=False):
@@ -178,7 +178,8 @@ class DraftHeads(nn.Module):
     it knows from the target's state; it has no position embeddings. One block serves every position, and k is free: EAGLE (Li
     et al. 2024, arXiv 2401.15077). Told the token just guessed, its guesses follow from each other, which is the idea of
     DSpark's Markov head (arXiv 2607.05147). Without the embedding (markov=False) it is blind: it guesses on without knowing
-    what the guess before became, as Medusa's heads do (Cai et al. 2024, arXiv 2401.10774).
+    what the guess before became, as Medusa's heads do (Cai et al. 2024, arXiv 2401.10774). The output layer has a bias, unlike a
+    GPT's, since it is a `Conv1D`.
     """
 
     def __init__(self, vocab_size, n_state, n_embd, markov=True):
@@ -474,7 +475,7 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, threads=()):
     """-> target, draft, encoding. dtype None: by a short race in plain decoding.
 
     threads: numbers of threads to choose among in the same race (PyTorch is set to the winner); none: as many as there are. On
-    a shared machine a race cannot tell 10% apart: among those that are so close, the fewest threads are taken, and then a pass
+    a shared machine differences under 10% may be noise: among those that are so close, the fewest threads are taken, and then a pass
     over five tokens decides. The draft is in float32 where the target is in float16: it is too small to gain by that.
     OSError, ValueError: as `load_checkpoint`; or the two have different tokenizers.
     """

@@ -869,7 +869,7 @@ def tell(story, encoding, prompt=""):
 
 def contenders(draft, heads, drafter, rule, k, tree):
     """{name: (drafter or None, k, rule)}, plain decoding first: the rows of the table. None as drafter, rule or k: all of them."""
-    # A lookup costs next to nothing: it may guess more. Heads may, since more of their guesses are good.
+    # Heads guess more than the draft model, since more of their guesses are good; a lookup still more, since it costs next to nothing.
     judge, k, heads_k, ngram_k = rule or "rejection", *((4, 6, 10) if k is None else (k, k, k))
     shape = ",".join(map(str, tree))
     rows = {"plain decoding": (None, 1, "rejection")}
@@ -895,7 +895,7 @@ def contenders(draft, heads, drafter, rule, k, tree):
 
 
 def compare(target, rows, prompts, max_new_tokens, seed, seconds=15, **options):
-    """Decode all prompts by every row, again as often as fits into so many seconds; meanwhile, time passes of the target.
+    """Decode all prompts by every row, once, and up to five times if that fits into so many seconds; meanwhile, time passes of the target.
 
     -> {name: Stats}, {name: [speed-up in each turn]}, {name: as `predict` says}. Of the time of a pass the median is taken, but
     over one token the mean in plain decoding, which is the first row.
@@ -908,12 +908,13 @@ def compare(target, rows, prompts, max_new_tokens, seed, seconds=15, **options):
             drafter.times = [t + n * prices()[0] / 10 for n, t in enumerate(prices())]  # a guess is taken for a tenth of a pass
     stats, speed_ups, seconds_of = {name: Stats() for name in rows}, {name: [] for name in rows}, {}
     one_pass = functools.cache(functools.partial(passes, target, B, middle))
-    start, i, n = now(), 0, len(prompts)
-    while i < n or i % n or ((now() - start) * (i + n) / i < seconds and i < 5 * n):
+    start, i, cycle = now(), 0, len(prompts)
+    # Every prompt counts the same: so, whole cycles, and none that would end too late if it took as long as those before it.
+    while i == 0 or i % cycle or ((now() - start) * (i + cycle) / i < seconds and i < 5 * cycle):
         # All at once, 16 tokens at a time: what the machine does meanwhile, it does to all of them.
         options |= {"seed": (seed + i) % 2**63}
         turn = {name: Stats() for name in rows}
-        going = {name: rounds(target, prompts[i % n], max_new_tokens, *row, **options) for name, row in rows.items()}
+        going = {name: rounds(target, prompts[i % cycle], max_new_tokens, *row, **options) for name, row in rows.items()}
         while going:
             name = min(going, key=lambda name: turn[name].emitted)
             goal = turn[name].emitted + 16 * B

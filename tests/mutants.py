@@ -331,7 +331,7 @@ CATALOGUE = [
            "return self.emitted / max(1, self.rounds)", "return self.accepted / max(1, self.rounds)", "decoding"),
     Mutant("N3", "rows of a table that decode in alternation share a drafter", "-", "specdec.py", "(copy(drafter), ", "(drafter, ",
            "command_line -k alternation"),
-    Mutant("N4", "a table ends in the middle of its prompts", "-", "specdec.py", "i < n or i % n or (", "i < n or (", "command_line -k counts"),
+    Mutant("N4", "a table ends in the middle of its prompts", "-", "specdec.py", "i == 0 or i % cycle or (", "i < cycle or (", "command_line -k counts"),
     Mutant("N5", "more threads for nothing", "-", "model.py", " if n == min(n for _, n in choices)", "", "command_line -k race"),
     Mutant("T1", "a resumed run sees the first batches again", "-", "train_tiny.py",
            '            generator.set_state(self.state["generator"])\n', "", "training"),

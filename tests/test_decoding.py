@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import make_gpt
-from conftest import make_heads as heads_that_differ
+from conftest import make_gpt, make_heads
 from model import DraftHeads, pass_times
 from specdec import AutoK, FixedK, HeadsDrafter, ModelDrafter, NGramDrafter, Stats, TreeDrafter, generate, rounds
 from test_kvcache import poison
@@ -42,12 +41,11 @@ def drafter(request):
     return DRAFTERS[request.param]()
 
 
-def make_heads(markov=True, times=None):
-    torch.manual_seed(0)
-    return HeadsDrafter(DraftHeads(7, 16, 16, markov).double().requires_grad_(False), times)
+def heads_drafter(markov=True, times=None, seed=0):
+    return HeadsDrafter(make_heads(seed, 7, 16, markov), times)
 
 
-OTHERS = {"ngram": NGramDrafter, "heads": make_heads, "confident_heads": lambda: make_heads(times=[1, 1.1, 1.2, 1.5, 2, 3, 4]),
+OTHERS = {"ngram": NGramDrafter, "heads": heads_drafter, "confident_heads": lambda: heads_drafter(times=[1, 1.1, 1.2, 1.5, 2, 3, 4]),
           "tree": lambda: TreeDrafter(ModelDrafter(TARGET), (2, 1, 2))}  # fmt: skip
 any_drafter = pytest.mark.parametrize("make", [*DRAFTERS.values(), *OTHERS.values()], ids=[*DRAFTERS, *OTHERS])
 
@@ -155,7 +153,7 @@ def test_a_row_that_has_ended_has_no_say_in_how_much_is_guessed():
     """The passes that go on for one row have the sizes that they have when it is alone."""
     prompts, sizes = PROMPTS[[1, 0]], set()
     for seed, eos in itertools.product(range(3), range(7)):
-        drafter = HeadsDrafter(heads_that_differ(seed, 7, 16), [1, 1.2, 1.4, 1.6, 1.8])
+        drafter = heads_drafter(times=[1, 1.2, 1.4, 1.6, 1.8], seed=seed)
         alone, together = ([(r.n_new.tolist(), r.size) for r in rounds(TARGET, p, 40, drafter, 4, temperature=0, eos=eos)] for p in (prompts[:1], prompts))
         last = [size for (n_new, *other), size in together if n_new and other == [0]]
         assert last == [size for _, size in alone][len(alone) - len(last) :]
@@ -377,7 +375,7 @@ def test_pass_times_by_hand(monkeypatch):
 @pytest.mark.parametrize("k", [4, "tree"])
 def test_short_rows_beside_rows_that_accept_much(k):
     """Prompts of one token: heads read a round's tokens again, and a row that got one must not be read from before its beginning."""
-    drafter, prompts = make_heads(), torch.arange(210)[:, None] % 7
+    drafter, prompts = heads_drafter(), torch.arange(210)[:, None] % 7
     drafter, k = (TreeDrafter(drafter, (3, 2, 1, 1)), 1) if k == "tree" else (drafter, k)
     rows = list(rounds(TARGET, prompts, 12, drafter, k, temperature=3.0, seed=0))
     assert rows[0].n_new.min() == 1 and rows[0].n_new.max() >= 4

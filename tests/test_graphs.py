@@ -15,7 +15,7 @@ import specdec
 import test_law
 from model import now, pass_times
 from specdec import FixedK, ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds
-from test_decoding import DRAFT, DRAFTERS, PROMPTS, TARGET, make_heads
+from test_decoding import DRAFT, DRAFTERS, PROMPTS, TARGET, heads_drafter
 
 GRAPHS = []
 LOOKS = ("aten.item", "aten.is_nonzero", "aten._local_scalar_dense", "aten.resolve_conj")  # the last: tolist
@@ -101,7 +101,7 @@ def eager(*args, **options):
         return generate(*args, **options)
 
 
-ALL = DRAFTERS["small_model"], DRAFTERS["always_right"], NGramDrafter, make_heads
+ALL = DRAFTERS["small_model"], DRAFTERS["always_right"], NGramDrafter, heads_drafter
 
 
 @pytest.mark.parametrize("make", [lambda: None, *ALL], ids=["plain", "small_model", "always_right", "ngram", "heads"])
@@ -117,7 +117,7 @@ def test_replayed_rounds_are_the_rounds(make, prompts, temperature):
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block", "lossy-typical"])
-@pytest.mark.parametrize("drafter", [ModelDrafter(DRAFT), make_heads()], ids=["model", "heads"])
+@pytest.mark.parametrize("drafter", [ModelDrafter(DRAFT), heads_drafter()], ids=["model", "heads"])
 def test_the_same_coins_give_the_same_text(drafter, rule):
     """Up to the last rounds, where a graph goes on guessing k tokens, though fewer are wanted."""
     options = {"k": 3, "rule": rule, "seed": 5}
@@ -165,7 +165,7 @@ def test_a_graph_reads_all_that_the_draft_may_lack():
 
 
 def test_what_follows_from_results_is_no_graph():
-    for drafter in (make_heads(times=[1, 1.1, 1.2, 1.5]), TreeDrafter(ModelDrafter(DRAFT), (2, 1))):
+    for drafter in (heads_drafter(times=[1, 1.1, 1.2, 1.5]), TreeDrafter(ModelDrafter(DRAFT), (2, 1))):
         generate(TARGET, PROMPTS, 10, drafter=drafter, k=3, seed=0)
     assert not GRAPHS
 

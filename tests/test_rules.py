@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import specdec
-from conftest import make_gpt
+from conftest import make_gpt, make_heads
 from enumerator import outcomes
-from model import DraftHeads
 from specdec import RULES, HeadsDrafter, ModelDrafter, NGramDrafter, Noise, accept_typical_lossy, generate, verify, verify_block, verify_coupled
 from test_verify import cases, law_of, law_of_the_round, product
 
@@ -89,17 +88,12 @@ def test_block_with_a_guess_that_is_broken_keeps_the_law_of_the_one_before():
 TARGET, DRAFT = make_gpt(1), make_gpt(2, n_layer=1, n_embd=4)
 
 
-def heads():
-    torch.manual_seed(0)
-    return DraftHeads(7, 16, 16).double().requires_grad_(False)
-
-
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.lists(st.lists(st.integers(0, 6), min_size=2, max_size=2), min_size=1, max_size=3), st.integers(1, 6),
        st.sampled_from(["model", "ngram", "heads"]), st.sampled_from([0, 0.5, 1, 2]), st.integers(0, 2**63 - 1))  # fmt: skip
 def test_coupled_text_is_the_text_of_plain_decoding(model, other, prompts, k, drafter, temperature, seed):
     """Token for token, for any models, prompts, seeds and k, at any temperature, with any drafter."""
     target, prompts = make_gpt(model), torch.tensor(prompts)
-    drafter = {"model": lambda: ModelDrafter(make_gpt(other)), "ngram": NGramDrafter, "heads": lambda: HeadsDrafter(heads())}[drafter]()
+    drafter = {"model": lambda: ModelDrafter(make_gpt(other)), "ngram": NGramDrafter, "heads": lambda: HeadsDrafter(make_heads(0, 7, 16))}[drafter]()
     options = {"rule": "coupled", "temperature": temperature, "seed": seed}
     assert generate(target, prompts, 20, drafter=drafter, k=k, **options).tokens == generate(target, prompts, 20, **options).tokens
 

@@ -32,11 +32,11 @@ def test_the_draft_is_good(pair, temperature, floor):
 
 
 def test_the_heads_are_good_and_better_when_told(pair):
-    """Acceptance at temperature 1: .7 for the heads that know the token just guessed, .3 for the blind ones."""
+    """Acceptance at temperature 1: .75 here for the heads that know the token just guessed, .33 for the blind ones."""
     target, _, encoding = pair
     prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1)
     told, blind = (generate(target, prompt, 60, drafter=HeadsDrafter(heads), k=4, seed=0).stats.expected_acceptance_rate for heads in load_heads(CHECKPOINTS / "heads.pt", target))
-    assert told > 0.68 and told > blind + 0.3
+    assert told > 0.73 and told > blind + 0.3
 
 
 def test_greedy_text_is_the_targets(pair):

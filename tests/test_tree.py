@@ -6,11 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import specdec
-from conftest import fresh_logits, heads_logits, make_gpt
+from conftest import fresh_logits, heads_logits, make_gpt, make_heads
 from enumerator import outcomes
 from specdec import HeadsDrafter, ModelDrafter, TreeDrafter, ancestors, generate, rounds, verify_tree
 from test_kvcache import poison
-from test_rules import heads
 from test_verify import law_of
 
 TARGET, DRAFT = make_gpt(1), make_gpt(2, n_layer=1, n_embd=4)
@@ -66,7 +65,7 @@ def test_after_compaction_the_cache_is_that_of_a_fresh_forward(widths, random):
 
 
 def drafters():
-    return {"model": ModelDrafter(DRAFT), "target": ModelDrafter(TARGET), "heads": HeadsDrafter(heads())}
+    return {"model": ModelDrafter(DRAFT), "target": ModelDrafter(TARGET), "heads": HeadsDrafter(make_heads(0, 7, 16))}
 
 
 @pytest.mark.parametrize("drafter", drafters())
