@@ -194,7 +194,7 @@ class DraftHeads(nn.Module):
         self.confidence = nn.Linear(n_embd, 1)
 
     def forward(self, state, tokens, cache, tree=None):
-        """state (B, T, n_embd) before each of the tokens (B, T) int64 -> the state after it."""
+        """state (B, T, n_embd) before each of the tokens (B, T) int64 -> the state after it, for `logits`."""
         _, mask = cache.extend(tokens.shape[1], tree)
         x = state if self.wte is None else torch.cat((state, self.wte(tokens)), -1)
         x = state.flatten(0, 1) + self.c_in(x.flatten(0, 1))
