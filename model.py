@@ -192,13 +192,24 @@ class DraftHeads(nn.Module):
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = Conv1D(n_embd, vocab_size)
         self.confidence = nn.Linear(n_embd, 1)
+        self.folded = None  # what `fold` says, once nothing is learnt any more
 
     def forward(self, state, tokens, cache, tree=None):
         """state (B, T, n_embd) before each of the tokens (B, T) int64 -> the state after it, for `logits`."""
         _, mask = cache.extend(tokens.shape[1], tree)
-        x = state if self.wte is None else torch.cat((state, self.wte(tokens)), -1)
-        x = state.flatten(0, 1) + self.c_in(x.flatten(0, 1))
+        own, told = self.folded or self.fold()
+        x = torch.addmm(F.embedding(tokens.flatten(), told), state.flatten(0, 1), own)
         return self.ln_f(self.h[0](x, len(tokens), 0, cache, mask)).view_as(state)
+
+    def fold(self):
+        """state + c_in([state; embedding]) is state @ own + told[token]: -> own (n_embd, n_embd), told (V, n_embd).
+
+        One product of half the size, and no sum. As weights, though, these two would learn more slowly: after 700 steps .592 of
+        the first guesses were accepted instead of .637. `load_heads` folds once, training at every pass.
+        """
+        own, *told = self.c_in.weight.split(self.config.n_embd)
+        told = self.wte.weight @ told[0] if told else own.new_zeros(self.config.vocab_size, 1)
+        return own + torch.eye(len(own), device=own.device, dtype=own.dtype), told + self.c_in.bias
 
     def state(self, states):
         """The state that follows from `target_states`: (B, T, n_state) -> (B, T, n_embd)."""
@@ -280,7 +291,10 @@ def load_heads(path, target):
         whose = content["target"]
     if whose != fingerprint(target):
         raise ValueError(f"the heads in {path} belong to another target; `python train_tiny.py --distill` trains new ones")
-    return [h.to(target.wte.weight).eval() for h in heads]
+    for h in heads:
+        h.to(target.wte.weight).eval().requires_grad_(False)
+        h.folded = h.fold()
+    return heads
 
 
 def fingerprint(model):
