@@ -468,7 +468,7 @@ class HeadsDrafter(Drafter):
         return self.heads.logits(self.state)
 
     def step(self, tokens, tree=None):
-        state = self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)
+        state = self.state if tree is None else self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)
         self.state = self.heads(state, tokens, self.cache, tree)
         return self.heads.logits(self.state)
 
