@@ -192,12 +192,14 @@ class DraftHeads(nn.Module):
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = Conv1D(n_embd, vocab_size)
         self.confidence = nn.Linear(n_embd, 1)
-        self.folded = None  # what `fold` says, once nothing is learnt any more
 
-    def forward(self, state, tokens, cache, tree=None):
-        """state (B, T, n_embd) before each of the tokens (B, T) int64 -> the state after it, for `logits`."""
+    def forward(self, state, tokens, cache, tree=None, folded=None):
+        """state (B, T, n_embd) before each of the tokens (B, T) int64 -> the state after it, for `logits`.
+
+        folded: the result of `fold`, from those who make many passes with the same weights.
+        """
         _, mask = cache.extend(tokens.shape[1], tree)
-        own, told = self.folded or self.fold()
+        own, told = folded or self.fold()
         x = torch.addmm(F.embedding(tokens.flatten(), told), state.flatten(0, 1), own)
         return self.ln_f(self.h[0](x, len(tokens), 0, cache, mask)).view_as(state)
 
@@ -205,7 +207,7 @@ class DraftHeads(nn.Module):
         """state + c_in([state; embedding]) is state @ own + told[token]: -> own (n_embd, n_embd), told (V, n_embd).
 
         One product of half the size, and no sum. As weights, though, these two would learn more slowly: after 700 steps .592 of
-        the first guesses were accepted instead of .637. `load_heads` folds once, training at every pass.
+        the first guesses were accepted instead of .637.
         """
         own, *told = self.c_in.weight.split(self.config.n_embd)
         told = self.wte.weight @ told[0] if told else own.new_zeros(self.config.vocab_size, 1)
@@ -291,10 +293,7 @@ def load_heads(path, target):
         whose = content["target"]
     if whose != fingerprint(target):
         raise ValueError(f"the heads in {path} belong to another target; `python train_tiny.py --distill` trains new ones")
-    for h in heads:
-        h.to(target.wte.weight).eval().requires_grad_(False)
-        h.folded = h.fold()
-    return heads
+    return [h.to(target.wte.weight).eval() for h in heads]
 
 
 def fingerprint(model):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import make_gpt, make_heads
-from model import GPT, GPTConfig, has_float16, load_checkpoint, load_heads, make_encoding, save_checkpoint, save_heads
+from model import GPT, GPTConfig, has_float16, load_checkpoint, make_encoding, save_checkpoint
 
 
 def gpt2_in_numpy(weights, tokens, n_head):
@@ -78,20 +78,16 @@ def test_more_tokens_than_positions_are_refused(target):
         GPT(GPTConfig(7, 8, 1, 3, 8))
 
 
-def test_heads_add_state_and_embedding_folded_or_not(tmp_path):
-    """What goes into their block, by the formula in the docstring: as they are trained, and as they are loaded."""
-    target, seen = make_gpt(1, vocab_size=20), []
-    save_heads(tmp_path / "heads.pt", target, make_heads(2, 20, 8), make_heads(3, 20, 8, markov=False))
-    state, tokens = torch.randn(2, 3, 8).double(), torch.tensor([[0, 1, 19], [7, 7, 2]])
-    for heads in load_heads(tmp_path / "heads.pt", target):
+def test_heads_add_state_and_embedding_folded_or_not():
+    """The block's input is what the docstring of `DraftHeads` says: with everything folded once, as in decoding, and not, as in training."""
+    state, tokens, seen = torch.randn(2, 3, 8).double(), torch.tensor([[0, 1, 19], [7, 7, 2]]), []
+    for heads in (make_heads(2, 20, 8), make_heads(3, 20, 8, markov=False)):
         heads.h[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         told = (heads.wte.weight[tokens],) if heads.wte is not None else ()
         expected = state + torch.cat((state, *told), -1) @ heads.c_in.weight + heads.c_in.bias
-        for folded in (heads.folded, None):
-            heads.folded = folded
-            heads(state, tokens, heads.new_cache(2, 3))
+        for folded in (heads.fold(), None):
+            heads(state, tokens, heads.new_cache(2, 3), None, folded)
             torch.testing.assert_close(seen.pop(), expected.flatten(0, 1))
-        assert not any(weight.requires_grad for weight in heads.parameters())  # what is folded no longer learns
 
 
 # -- checkpoints
