@@ -453,7 +453,8 @@ class HeadsDrafter(Drafter):
 
     def start(self, prompt, max_length, hidden, target_cache):
         self.target_cache = target_cache
-        self.cache, self.folded = self.heads.new_cache(len(prompt), max_length, target_cache.fixed), self.heads.fold()
+        self.cache = self.heads.new_cache(len(prompt), max_length, target_cache.fixed)
+        self.folded = self.heads.fold()
         self.row = torch.arange(len(prompt), device=prompt.device)[:, None]
         self.hidden = F.pad(hidden, (0, 0, 1, max_length - prompt.shape[1]))  # [:, t]: the target's last hidden state before token t
         self.read(prompt, torch.arange(prompt.shape[1] - 1, device=prompt.device).expand(len(prompt), -1))
@@ -461,14 +462,14 @@ class HeadsDrafter(Drafter):
     def read(self, text, where):
         """Read the tokens of text at `where` (B, n), each with what the target knew before it: before the first, at slot -1, nothing."""
         states = target_states(self.hidden[self.row, where], self.target_cache, where - 1).masked_fill(where[..., None] == 0, 0)
-        return self.heads(self.heads.state(states), text.gather(1, where), self.cache, None, self.folded)
+        return self.heads(self.heads.state(states), text.gather(1, where), self.cache, folded=self.folded)
 
     def begin(self, text, length):
         self.state = catch_up(self.cache, length, self.unread, functools.partial(self.read, text))
         return self.heads.logits(self.state)
 
     def step(self, tokens, tree=None):
-        state = self.state if tree is None else self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)
+        state = self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)
         self.state = self.heads(state, tokens, self.cache, tree, self.folded)
         return self.heads.logits(self.state)
 

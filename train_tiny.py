@@ -191,9 +191,9 @@ def heads_loss(heads, wte, windows, states, start, n=N_AHEAD):
     -> loss, and alpha of each guess, (n, B * M)
     """
     row = torch.arange(len(windows), device=windows.device)[:, None]
-    cache = Chains(start)
+    cache, folded = Chains(start), heads.fold()
     before = F.pad(states.to(wte.dtype), (0, 0, 1, -1))  # the states before each token; nothing before the first
-    state = heads(heads.state(before), windows, cache)[row, start]
+    state = heads(heads.state(before), windows, cache, folded=folded)[row, start]
     loss, alphas = 0.0, []
     for i in range(1, n + 1):
         logits = heads.logits(state)
@@ -203,7 +203,7 @@ def heads_loss(heads, wte, windows, states, start, n=N_AHEAD):
         loss = loss + math.exp(-(i - 1) / n) * (one + confidence)
         alphas.append(alpha)
         if i < n:
-            state = heads(state, windows[row, start + i], cache)
+            state = heads(state, windows[row, start + i], cache, folded=folded)
     return loss, torch.stack(alphas)
 
 

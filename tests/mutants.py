@@ -274,6 +274,8 @@ CATALOGUE = [
     Mutant("P1h", "heads look at what others have left in the target's cache", "-", "specdec.py", ".minimum(length[:, None] - 1))", ")", "drafter"),
     Mutant("P1c", "in training a chain sees its neighbours", "-", "train_tiny.py", "own = (t == t[:, None])", "own = (t <= t[:, None])", "training -k heads"),
     Mutant("P1i", "folded, the heads forget their own state", "-", "model.py", "return own + torch.eye(", "return own + 0 * torch.eye(", "model"),
+    Mutant("P1j", "heads are folded once, whatever they learn later", "-", "specdec.py", "self.folded = self.heads.fold()",
+           'self.folded = vars(self.heads).setdefault("folded", self.heads.fold())', "drafter"),
     Mutant("P2", "nodes of a tree continue another node's state", "-", "specdec.py",
            'self.state.repeat_interleave(tokens.shape[1] // self.state.shape[1], 1)',
            'self.state.repeat(1, tokens.shape[1] // self.state.shape[1], 1)', "tree law"),

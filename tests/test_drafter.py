@@ -174,6 +174,13 @@ def assert_heads_guess_right(heads, model, texts, k, temperature=1.0, seed=1):
         poison(drafter.cache), poison(drafter.target_cache)
 
 
+def test_heads_that_learnt_more_guess_by_what_they_know_now():
+    heads = make_heads(0, 7, 16)
+    for seed in (0, 1):
+        heads.load_state_dict(make_heads(seed, 7, 16).state_dict())
+        assert_heads_guess_right(heads, MODEL, [[3, 1, 4]], k=3)
+
+
 def test_heads_may_guess_for_a_batch_and_then_in_a_tree_for_another():
     drafter = HeadsDrafter(make_heads(0, 7, 16))
     for rows, outer in ((2, drafter), (3, TreeDrafter(drafter, (2, 2)))):

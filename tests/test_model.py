@@ -86,7 +86,7 @@ def test_heads_add_state_and_embedding_folded_or_not():
         told = (heads.wte.weight[tokens],) if heads.wte is not None else ()
         expected = state + torch.cat((state, *told), -1) @ heads.c_in.weight + heads.c_in.bias
         for folded in (heads.fold(), None):
-            heads(state, tokens, heads.new_cache(2, 3), None, folded)
+            heads(state, tokens, heads.new_cache(2, 3), folded=folded)
             torch.testing.assert_close(seen.pop(), expected.flatten(0, 1))
 
 
