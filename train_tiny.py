@@ -1,15 +1,18 @@
-"""Train `large`, the target, and `tiny`, the draft, on text; then tiny again, and the draft heads, on what large itself writes.
+"""Train `large`, the target, and `tiny`, the draft; then tiny and heads on what large writes.
 
     python train_tiny.py                      # corpus: the Python standard library of this machine
     python train_tiny.py --data my_texts/     # any text file or folder
     python train_tiny.py --preset tiny-cpu    # a smoke run, under 2 minutes on 2 cores
     python train_tiny.py --distill            # keep large, go on with tiny, new heads
 
-Ctrl-C saves everything to checkpoints/partial.pt, and the same command goes on from there. large.pt, tiny.pt and heads.pt are
-replaced only when all are complete. Why distil: a drafter is judged by nothing but its agreement with the target. The
-acceptance rate at a position is 1 - TV = sum min(target_probs, draft_probs), so that is what its training maximises, on the
-texts where it will be asked: those that the target writes (DistillSpec, Zhou et al. 2023, arXiv 2310.08461). Large reads
-each of them once; its states are kept, and its laws follow from them at the cost of one matrix product.
+Ctrl-C saves everything to checkpoints/partial.pt, and the same command goes on from there.
+large.pt, tiny.pt and heads.pt are replaced only when all are complete.
+
+Why distil: a drafter is judged by nothing but its agreement with the target. The acceptance rate at
+a position is 1 - TV = sum min(target_probs, draft_probs), so that is what its training maximises,
+on the texts where it will be asked: those that the target writes (DistillSpec, Zhou et al. 2023,
+arXiv 2310.08461). Large reads each of them once. Its states are kept, and its distributions follow
+from them at the cost of one matrix product.
 """
 
 import math
@@ -27,10 +30,12 @@ import torch
 import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
-from model import CHECKPOINTS, GPT, DraftHeads, GPTConfig, find_device, fingerprint, load_pair, make_encoding
-from model import load_whole, save_checkpoint, save_heads, save_whole, target_state_size, target_states, time_calls
+from model import (
+    CHECKPOINTS, GPT, DraftHeads, GPTConfig, find_device, fingerprint, load_pair, load_whole,
+    make_encoding, save_checkpoint, save_heads, save_whole, seconds_of_calls, target_state_size,
+    target_states,
+)  # fmt: skip
 from specdec import Parser, rounds
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -41,58 +46,73 @@ class Preset:
     n_heads_embd: int  # width of the draft heads
     batch_size: int  # windows per step
     written: int  # batches of 128 windows that large writes
-    steps: tuple  # of large with half of its layers, of large, of tiny, of distillation, of each kind of heads
+    steps: tuple  # of large with half of its layers, large, tiny, distillation, each kind of heads
     sample: int  # characters of the corpus that the tokenizer is trained on
 
-
 PRESETS = {
-    "tiny-cpu": Preset(512, 128, (4, 4, 128), (1, 2, 64), 64, 16, 2, (100, 100, 200, 200, 100), 60_000),
-    "cpu": Preset(1024, 512, (24, 4, 224), (1, 4, 144), 192, 8, 18, (4000, 2500, 2500, 2500, 2800), 200_000),
-    "gpu": Preset(1024, 1024, (12, 12, 768), (2, 4, 128), 256, 64, 64, (1500, 1500, 2000, 10000, 5000), 200_000),
+    "tiny-cpu": Preset(
+        512, 128, (4, 4, 128), (1, 2, 64), 64, 16, 2, (100, 100, 200, 200, 100), 60_000
+    ),
+    "cpu": Preset(
+        1024, 512, (24, 4, 224), (1, 4, 144), 192, 8, 18, (4000, 2500, 2500, 2500, 2800), 200_000
+    ),
+    "gpu": Preset(
+        1024, 1024, (12, 12, 768), (2, 4, 128), 256, 64, 64,
+        (1500, 1500, 2000, 10000, 5000), 200_000,
+    ),
+}  # fmt: skip
+STAGES = {  # what is trained, and its highest learning rate
+    "shallow": ("large, half of its layers", 2e-3),
+    "large": ("large, all layers", 1.5e-3),
+    "tiny": ("tiny, on text", 4e-3),
+    "distil": ("tiny, distilled", 1e-3),
+    "markov": ("heads that see the token just guessed", 5e-3),
+    "blind": ("blind heads", 5e-3),
 }
-PEAK_LR = {"shallow": 2e-3, "large": 1.5e-3, "tiny": 4e-3, "distil": 1e-3, "markov": 5e-3, "blind": 5e-3}
 N_AHEAD = 4  # positions that the heads are trained on
 
 # GPT-2's: a word keeps the space before it; letters, digits and signs never share a token.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-
-# -- the corpus --------------------------------------------------------------------------------------------------------------
-
+# -- the corpus ------------------------------------------------------------------------------------
 
 def read_corpus(path=None):
-    """[(name, text)] of a text file, of all text files in a folder, or of the Python standard library.
+    """[(name, text)] of a text file, of all in a folder, or of the Python standard library.
 
     Files that are not UTF-8 are passed over. OSError: path cannot be read.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [f for f in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(f.parts)]
+        others = {"site-packages", "dist-packages"}
+        files = [f for f in root.rglob("*.py") if not others & set(f.parts)]
     else:
         root = Path(path)
         files = [root] if not root.is_dir() else [f for f in root.rglob("*") if f.is_file()]
     documents = []
     for file in sorted(files):
         try:
-            documents.append((file.relative_to(root).as_posix(), file.read_text(encoding="utf-8")))
+            text = file.read_text(encoding="utf-8")
+            documents.append((file.relative_to(root).as_posix(), text))
         except UnicodeDecodeError:
             pass
     return documents
 
-
 def split_corpus(documents):
     """Training texts and held-out texts, about 19 : 1.
 
-    By a hash of the file's name, so that adding a file moves no other one; where files are few, the end of each is held out.
+    By a hash of the file's name, so that adding a file moves no other one; where files are few, the
+    end of each is held out.
     """
     if len(documents) < 100:
-        return [t[: len(t) * 19 // 20] for _, t in documents], [t[len(t) * 19 // 20 :] for _, t in documents]
-    held_out = [zlib.crc32(os.fsencode(name)) % 20 == 0 for name, _ in documents]
-    return [t for (_, t), h in zip(documents, held_out) if not h], [t for (_, t), h in zip(documents, held_out) if h]
-
+        cut = [(text, len(text) * 19 // 20) for _, text in documents]
+        return [text[:n] for text, n in cut], [text[n:] for text, n in cut]
+    train, held_out = [], []
+    for name, text in documents:
+        (train if zlib.crc32(os.fsencode(name)) % 20 else held_out).append(text)
+    return train, held_out
 
 def train_tokenizer(texts, vocab_size, sample):
-    """Byte-pair encoding of the training texts: tiktoken's own trainer, on `sample` characters taken evenly from all of them."""
+    """Byte-pair encoding, by tiktoken's own trainer, of `sample` characters from all the texts."""
     text = "".join(texts)
     n_pieces = max(1, sample // 2000)
     step = max(1, len(text) // n_pieces)
@@ -100,31 +120,32 @@ def train_tokenizer(texts, vocab_size, sample):
     try:
         ranks = bpe_train(pieces, vocab_size - 1, SPLIT_PATTERN, visualise=None)
     except ValueError:  # no pair is left to merge
-        raise ValueError(f"corpus too small: it does not yield {vocab_size} different tokens") from None
+        few = f"corpus too small: it does not yield {vocab_size} different tokens"
+        raise ValueError(few) from None
     return make_encoding(SPLIT_PATTERN, ranks)
-
 
 def encode(encoding, texts):
     """All texts in one (N,) int32 tensor, each ended by the separator."""
-    end = [encoding.eot_token]
-    return torch.tensor([t for tokens in encoding.encode_ordinary_batch(texts) for t in tokens + end], dtype=torch.int32)
+    tokens = []
+    for text in encoding.encode_ordinary_batch(texts):
+        tokens += text + [encoding.eot_token]
+    return torch.tensor(tokens, dtype=torch.int32)
 
-
-# -- training ----------------------------------------------------------------------------------------------------------------
-
+# -- training --------------------------------------------------------------------------------------
 
 def text_loss(model, windows):
     """Mean cross-entropy of the next token, in nats. windows: (B, T + 1) int64."""
     logits, _ = model(windows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
-
 @torch.no_grad()
 def grow(model):
-    """A GPT of twice as many layers that says the same: behind each layer a copy of it that adds nothing yet, since its c_proj are zero.
+    """A GPT of twice as many layers that says the same.
 
-    Trained from a shallow model, a deep one is ready sooner (progressive stacking, Gong et al. 2019); and where the new layers are
-    silent at first, nothing learnt is lost (block expansion, LLaMA Pro, Wu et al. 2024, arXiv 2401.02415).
+    Behind each layer comes a copy of it that adds nothing yet, since its c_proj are zero. Trained
+    from a shallow model, a deep one is ready sooner (progressive stacking, Gong et al. 2019); and
+    where the new layers are silent at first, nothing learnt is lost (block expansion, LLaMA Pro, Wu
+    et al. 2024, arXiv 2401.02415).
     """
     grown = deepcopy(model)
     grown.config = replace(model.config, n_layer=2 * model.config.n_layer)
@@ -135,115 +156,133 @@ def grow(model):
             c_proj.bias.zero_()
     return grown
 
-
 def agreement_loss(logits, target_logits, next_tokens):
-    """0.9 sum |target_probs - draft_probs| + 0.1 cross-entropy: twice 1 - alpha, and a little text to keep gradients alive.
+    """0.9 sum |target_probs - draft_probs| + 0.1 cross-entropy.
 
-    The weights are DSpark's (DeepSpec, arXiv 2607.05147). logits, target_logits (N, V), next_tokens (N,) -> loss, and
-    alpha at each position, (N,). The softmax is that of temperature 1, in float32.
+    That is twice 1 - alpha, and a little text to keep gradients alive; the weights are DSpark's
+    (DeepSpec, arXiv 2607.05147). Temperature 1, in float32.
+    logits, target_logits (N, V), next_tokens (N,) -> loss, and alpha at each position, (N,)
     """
     logits = logits.float()
-    distance = (target_logits.detach().float().softmax(-1) - logits.softmax(-1)).abs().sum(-1)
-    return 0.9 * distance.mean() + 0.1 * F.cross_entropy(logits, next_tokens), 1 - distance.detach() / 2
-
+    target_probs = target_logits.detach().float().softmax(-1)
+    distance = (target_probs - logits.softmax(-1)).abs().sum(-1)
+    loss = 0.9 * distance.mean() + 0.1 * F.cross_entropy(logits, next_tokens)
+    return loss, 1 - distance.detach() / 2
 
 def logits_of(states, wte):
-    """Logits of large from its `target_states` (.., n_state), of which the first D are the last hidden state, and its output matrix (V, D)."""
+    """Logits of large, from its `target_states` (.., n_state) and its output matrix (V, D).
+
+    The first D numbers of such a state are the last hidden state.
+    """
     return F.linear(states[..., : wte.shape[1]].to(wte.dtype), wte)
 
-
 def distillation_loss(tiny, wte, windows, states):
-    """Of tiny on windows (B, T) int64, given the states of large there, (B, T, n_state), and its output matrix, (V, D)."""
-    logits, target_logits = tiny(windows[:, :-1])[0], logits_of(states[:, :-1], wte)
-    return agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[:, 1:].flatten())[0]
+    """Of tiny on windows (B, T) int64.
 
+    Given are the states of large there, (B, T, n_state), and its output matrix, (V, D).
+    """
+    logits, _ = tiny(windows[:, :-1])
+    target_logits = logits_of(states[:, :-1], wte)
+    next_tokens = windows[:, 1:].flatten()
+    return agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), next_tokens)[0]
 
 class Chains:
-    """Takes the place of a KVCache when draft heads are trained: T slots for a text, then M for each further guess of M chains.
+    """Takes the place of a KVCache when draft heads are trained.
 
-    Chain m goes on after the token at start[:, m], (B, M); it sees the text up to there, and itself. Nothing is allocated
-    beforehand and nothing overwritten, so that gradients pass. `tree` and `layer` are there because a KVCache has them.
+    It has T slots for a text, then M for each further guess of M chains. Chain m goes on after the
+    token at start[:, m], (B, M); it sees the text up to there, and itself. Nothing is allocated
+    beforehand and nothing overwritten, so that gradients pass.
     """
 
     def __init__(self, start):
-        self.start, self.kv, self.visible = start, None, None
+        self.start = start
+        self.kv = self.visible = None
 
-    def extend(self, T, tree=None):
+    def extend(self, T):
+        """-> None, as heads have no positions; what may be seen: (T, T), then (B, 1, M, S), bool.
+        """
         t = torch.arange(T, device=self.start.device)
         if self.kv is None:  # the text
-            self.visible = t <= self.start[..., None]
+            self.visible = t <= self.start[..., None]  # (B, M, T), from each chain
             return None, t <= t[:, None]
-        own = (t == t[:, None]).expand(len(self.start), T, T)
+        own = (t == t[:, None]).expand(len(self.start), T, T)  # (B, M, M)
         self.visible = torch.cat((self.visible, own), -1)
         return None, self.visible[:, None]
 
     def write(self, layer, kv):
+        """(2, B, n_head, T, head_dim) -> those of all S."""
         self.kv = kv if self.kv is None else torch.cat((self.kv, kv), -2)
         return self.kv
 
-
 def heads_loss(heads, wte, windows, states, start, n=N_AHEAD):
-    """Of guesses 1..n after the tokens at start (B, M) of windows (B, T); states and wte as above. Later guesses count less.
+    """Of guesses 1..n after the tokens at start (B, M) of windows (B, T); states and wte as above.
 
-    The heads read the true states of all tokens up to start, and behind them their own, as they will when decoding ("training-time
-    test", EAGLE-3, Li et al. 2025, arXiv 2503.01840). The loss includes the confidence: cross-entropy of the acceptance that the
-    heads expect against the one that is found.
+    Later guesses count less. The heads read the true states of all tokens up to start, and behind
+    them their own, as they will when decoding ("training-time test", EAGLE-3, Li et al. 2025, arXiv
+    2503.01840). The loss includes the confidence: cross-entropy of the acceptance that the heads
+    expect against the one that is found.
     -> loss, and alpha of each guess, (n, B * M)
     """
     row = torch.arange(len(windows), device=windows.device)[:, None]
-    cache, folded = Chains(start), heads.fold()
-    before = F.pad(states.to(wte.dtype), (0, 0, 1, -1))  # the states before each token; nothing before the first
-    state = heads(heads.state(before), windows, cache, folded=folded)[row, start]
+    cache = Chains(start)
+    before = F.pad(states.to(wte.dtype), (0, 0, 1, -1))  # before each token; of the first, nothing
+    state = heads(heads.c_state(before), windows, cache)[row, start]  # (B, M, n_embd)
     loss, alphas = 0.0, []
     for i in range(1, n + 1):
-        logits = heads.logits(state)
-        target_logits = logits_of(states[row, start + i - 1], wte)
-        one, alpha = agreement_loss(logits.flatten(0, 1), target_logits.flatten(0, 1), windows[row, start + i].flatten())
-        confidence = F.binary_cross_entropy_with_logits(heads.confidence(state.detach()).flatten().float(), alpha)
-        loss = loss + math.exp(-(i - 1) / n) * (one + confidence)
+        logits = heads.lm_head(state).flatten(0, 1)  # (B * M, V)
+        target_logits = logits_of(states[row, start + i - 1], wte).flatten(0, 1)
+        next_tokens = windows[row, start + i]  # (B, M)
+        distance, alpha = agreement_loss(logits, target_logits, next_tokens.flatten())
+        confidence = heads.confidence(state.detach()).flatten().float()
+        error = F.binary_cross_entropy_with_logits(confidence, alpha)
+        loss = loss + math.exp(-(i - 1) / n) * (distance + error)
         alphas.append(alpha)
         if i < n:
-            state = heads(state, windows[row, start + i], cache, folded=folded)
+            state = heads(state, next_tokens, cache)
     return loss, torch.stack(alphas)
-
 
 @torch.no_grad()
 def new_heads(large, n_embd, markov):
-    """Draft heads that begin as large's own output layer, seen in the n_embd directions that matter most to it, or in all it has."""
+    """Draft heads that begin as large's own output layer.
+
+    It is seen in the n_embd directions that matter most to it, or in all that it has.
+    """
     wte = large.wte.weight
     n_embd = min(n_embd, wte.shape[1])
     heads = DraftHeads(len(wte), target_state_size(large.config), n_embd, markov).to(wte.device)
     directions = torch.linalg.svd(wte, full_matrices=False).Vh[:n_embd]  # (n_embd, D)
     heads.c_state.weight.zero_()[: wte.shape[1]] = directions.T
     heads.lm_head.weight.copy_(directions @ wte.T)
-    if markov:
-        heads.wte.weight.copy_(wte @ directions.T / wte.std())  # as large as the state beside which it is read
+    if markov:  # as large as the state beside which it is read
+        heads.wte.weight.copy_(wte @ directions.T / wte.std())
     return heads
 
-
 def make_optimizers(model):
-    """Muon for the matrices of the layers, AdamW for embeddings, output and vectors; one learning rate serves both.
+    """Muon for the matrices of the layers, AdamW for embeddings, output and vectors.
 
-    Muon (Jordan et al. 2024) makes each step's update near-orthogonal. After 250 steps of 12 layers on the default corpus,
-    held-out loss was 3.89 with it and 4.45 with AdamW alone, in about the same time.
+    One learning rate serves both. Muon (Jordan et al. 2024) makes each step's update
+    near-orthogonal. After 250 steps of 12 layers on the default corpus, held-out loss was 3.89 with
+    it and 4.45 with AdamW alone, in about the same time.
     """
     matrices, others = [], []
     for name, weight in model.named_parameters():
         (matrices if "c_" in name and weight.ndim == 2 else others).append(weight)
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
-    return [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), adamw]
-
+    muon = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)]
 
 class Interrupted(Exception):
     pass
 
-
 class Run:
-    """The stages of one training run, and partial.pt, from which an interrupted run goes on exactly where it stopped."""
+    """The stages of one training run.
+
+    From partial.pt an interrupted run goes on exactly where it stopped.
+    """
 
     def __init__(self, folder, settings, device, dtype):
         self.path, self.device = Path(folder) / "partial.pt", device
-        self.state = {"settings": settings, "dtype": dtype, "finished": {}, "stage": None, "written": []}
+        self.state = {"settings": settings, "dtype": dtype}
+        self.state |= {"finished": {}, "stage": None, "written": []}
         if self.path.exists():
             try:
                 state = load_whole(self.path)
@@ -251,24 +290,29 @@ class Run:
             except Exception as error:
                 raise ValueError(f"{self.path} is damaged: delete it") from error
             if not same:
-                raise ValueError(f"{self.path} belongs to a run with other settings: finish that, or delete the file")
+                advice = "finish that, or delete the file"
+                raise ValueError(f"{self.path} belongs to a run with other settings: {advice}")
             self.state = state
             print(f"going on from {self.path}")
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.state["dtype"] == "bfloat16")
+        enabled = self.state["dtype"] == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def save(self):
         save_whole(self.path, self.state)
 
     def train(self, stage, model, loss_of, steps, seed, tokens_per_step):
-        """Train model in place for `steps` steps, the learning rate warming up, then a cosine down to zero. Returns it.
+        """Train model in place for `steps` steps, and return it.
 
+        The learning rate warms up, then follows a cosine down to zero.
         loss_of(model, generator) draws a batch and returns its loss.
         """
         if stage in self.state["finished"]:
             model.load_state_dict(self.state["finished"][stage])
             return model
+        title, peak = STAGES[stage]
+        print(f"{title}: {steps} steps", flush=True)
         optimizers = make_optimizers(model)
         generator = torch.Generator().manual_seed(seed)
         first = 0
@@ -293,7 +337,7 @@ class Run:
                 warm_up = max(1, steps // 50)
                 fraction = min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
                 for optimizer in optimizers:
-                    optimizer.param_groups[0]["lr"] = PEAK_LR[stage] * fraction
+                    optimizer.param_groups[0]["lr"] = peak * fraction
                 with self.autocast():
                     loss = loss_of(model, generator)
                 loss.backward()
@@ -304,24 +348,30 @@ class Run:
                 progress.show(step + 1, loss)
                 if interrupted or (step + 1) % 500 == 0:
                     self.state |= {"stage": stage, "step": step + 1, "model": model.state_dict()}
-                    self.state |= {"optimizers": [o.state_dict() for o in optimizers], "generator": generator.get_state()}
+                    self.state["optimizers"] = [o.state_dict() for o in optimizers]
+                    self.state["generator"] = generator.get_state()
                     self.save()
                 if interrupted:
-                    raise Interrupted(f"stopped after step {step + 1} of {steps} of {stage}; the same command goes on there")
+                    where = f"step {step + 1} of {steps} of {title}"
+                    raise Interrupted(f"stopped after {where}; the same command goes on there")
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             progress.close()
         # A copy, since distillation goes on with the same model.
-        self.state["finished"][stage] = {name: weight.clone() for name, weight in model.state_dict().items()}
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        self.state["finished"][stage] = weights
         self.save()
         return model
 
-
 class Progress:
-    """One line that tells step, loss, speed and time left: rewritten in a terminal, once in 30 seconds elsewhere."""
+    """One line with step, loss, speed and time left of a stage.
+
+    In a terminal it is rewritten every second; elsewhere a new one comes every 30 seconds.
+    """
 
     def __init__(self, stage, first, steps, tokens_per_step):
-        self.stage, self.first, self.steps, self.tokens_per_step = stage, first, steps, tokens_per_step
+        self.stage, self.first, self.steps = stage, first, steps
+        self.tokens_per_step = tokens_per_step
         self.start = time.perf_counter()
         self.every = 1 if sys.stdout.isatty() else 30
         self.shown = self.start
@@ -335,101 +385,123 @@ class Progress:
         self.shown = now
         seconds = (now - self.start) / (step - self.first)
         left = round(seconds * (self.steps - step))
-        line = f"{self.stage:7} step {step:5}/{self.steps}  loss {self.mean.item():.3f}  {self.tokens_per_step / seconds:7,.0f} tokens/s"
-        print(f"{line}  {left // 60:3d} min {left % 60:02d} s left", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+        speed = f"{self.tokens_per_step / seconds:7,.0f} tokens/s"
+        line = f"  step {step:5}/{self.steps}  loss {self.mean.item():.3f}  {speed}"
+        line += f"  {left // 60:3d} min {left % 60:02d} s left"
+        print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
     def close(self):
         if sys.stdout.isatty():
             print()
 
-
-# -- what large writes -------------------------------------------------------------------------------------------------------
-
+# -- what large writes -----------------------------------------------------------------------------
 
 def write(large, tokens, n, temperature, seed):
-    """n texts of block_size tokens, (n, block_size) int32: large's continuations of random stretches of `tokens`, 1/16 of that length."""
-    T = large.config.block_size
-    start = torch.randint(len(tokens) - T // 16 + 1, (n, 1), generator=torch.Generator().manual_seed(seed))
-    prompts = tokens[start + torch.arange(T // 16)].long().to(large.wte.weight.device)
-    new = [r.tokens for r in rounds(large, prompts, T - T // 16, temperature=temperature, seed=seed)]
-    return torch.cat((prompts, *new), 1).int()
+    """n texts by large of T = block_size tokens, (n, T) int32.
 
+    They continue random stretches of `tokens`, of T / 16 tokens each.
+    """
+    T = large.config.block_size
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(len(tokens) - T // 16 + 1, (n, 1), generator=generator)
+    prompts = tokens[start + torch.arange(T // 16)].long().to(large.wte.weight.device)
+    decoding = rounds(large, prompts, T - T // 16, temperature=temperature, seed=seed)
+    return torch.cat((prompts, *(r.tokens for r in decoding)), 1).int()
 
 @torch.no_grad()
 def read(large, texts, autocast):
-    """The `target_states` of large in texts (N, T): (N, T, n_state) bfloat16, on the CPU, for they may be many gigabytes."""
+    """The `target_states` of large in texts (N, T): (N, T, n_state) bfloat16.
+
+    They are kept on the CPU, for they may be many gigabytes.
+    """
     states = torch.empty(*texts.shape, target_state_size(large.config), dtype=torch.bfloat16)
     with autocast():
         for some, out in zip(texts.split(4), states.split(4)):
-            some, cache = some.long().to(large.wte.weight.device), large.new_cache(len(some))
+            some = some.long().to(large.wte.weight.device)
+            cache = large.new_cache(len(some))
             _, hidden = large(some, cache)
-            out[:] = target_states(hidden, cache, torch.arange(some.shape[1], device=some.device).expand_as(some))
+            slots = torch.arange(some.shape[1], device=some.device).expand_as(some)
+            out[:] = target_states(hidden, cache, slots)
     return states
 
-
-# -- what it came to ---------------------------------------------------------------------------------------------------------
-
+# -- what it came to -------------------------------------------------------------------------------
 
 def held_out_windows(tokens, block_size, most=128):
-    """Stretches of the held-out tokens, (B, block_size + 1) int64: not overlapping, and spaced evenly over all texts."""
+    """Stretches of the held-out tokens, (B, block_size + 1) int64.
+
+    They do not overlap, and are spaced evenly over all texts.
+    """
     T = block_size + 1
     n = min(most, len(tokens) // T)
     start = torch.arange(n) * (len(tokens) - T) // max(1, n - 1)
     return tokens[start[:, None] + torch.arange(T)].long()
 
-
 @torch.no_grad()
 def held_out_loss(model, windows, device, autocast):
     """Cross-entropy in nats per token."""
     with autocast():
-        return sum(text_loss(model, w.to(device)[None]).item() for w in windows) / len(windows)
-
+        losses = [text_loss(model, window.to(device)[None]).item() for window in windows]
+    return sum(losses) / len(losses)
 
 @torch.no_grad()
 def held_out_alpha(large, tiny, windows, device, autocast):
-    """Acceptance rate at temperature 1 on held-out text, E[sum min(target_probs, draft_probs)], and its standard error.
+    """Acceptance rate at temperature 1 on held-out text, and its standard error.
 
-    Tokens of one window are alike, so windows, not tokens, are counted as independent.
+    The rate is E[sum min(target_probs, draft_probs)]. Tokens of one window are alike, so windows,
+    not tokens, are counted as independent.
     """
     means = []
     for window in windows.to(device):
         with autocast():
-            target, draft = large(window[None, :-1])[0], tiny(window[None, :-1])[0]
-        means.append(torch.minimum(target.float().softmax(-1), draft.float().softmax(-1)).sum(-1).mean().item())
+            logits = [model(window[None, :-1])[0] for model in (large, tiny)]
+        target_probs, draft_probs = (x.float().softmax(-1) for x in logits)
+        means.append(torch.minimum(target_probs, draft_probs).sum(-1).mean().item())
     means = torch.tensor(means)
     return means.mean().item(), (means.std() / len(means) ** 0.5).item()
 
-
 @torch.no_grad()
 def heads_alpha(heads, wte, texts, states):
-    """Acceptance rate at temperature 1 of guesses 1..N_AHEAD in texts (N, T), and its standard error: 2 x (N_AHEAD,)."""
-    start = torch.arange(texts.shape[1] // 16, texts.shape[1] - N_AHEAD, device=wte.device)[None]
-    texts, states = texts.long().to(wte.device), states.to(wte.device)
-    means = torch.stack([heads_loss(heads, wte, t[None], s[None], start)[1].mean(1) for t, s in zip(texts, states)])
+    """Acceptance rate at temperature 1 in texts (N, T), and its standard error.
+
+    -> 2 x (N_AHEAD,), of guesses 1..N_AHEAD
+    """
+    T = texts.shape[1]
+    start = torch.arange(T // 16, T - N_AHEAD, device=wte.device)[None]
+    means = []
+    for text, state in zip(texts.long().to(wte.device), states.to(wte.device)):
+        _, alphas = heads_loss(heads, wte, text[None], state[None], start)
+        means.append(alphas.mean(1))
+    means = torch.stack(means)
     return means.mean(0), means.std(0) / len(means) ** 0.5
 
-
 def faster_dtype(model, windows):
-    """float32 or bfloat16, by a short race: some processors have bfloat16 arithmetic, others imitate it."""
+    """float32 or bfloat16, by a short race.
+
+    Some processors have bfloat16 arithmetic, others imitate it.
+    """
 
     def step(enabled):
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=enabled):
             text_loss(model, windows).backward()
         model.zero_grad()
 
-    seconds = time_calls({"float32": lambda: step(False), "bfloat16": lambda: step(True)}, repeats=3)
+    calls = {"float32": lambda: step(False), "bfloat16": lambda: step(True)}
+    seconds = seconds_of_calls(calls, repeats=3)
     return min(seconds, key=seconds.get)
 
-
 def main(argv=None):
-    parser = Parser(description="Train large and tiny on text; then tiny and the draft heads on what large writes.")
-    parser.add_argument("--data", metavar="PATH", help="a text file or a folder of them (default: the Python standard library)")
-    parser.add_argument("--preset", choices=PRESETS, help="default: gpu where there is one, else cpu")
-    parser.add_argument("--distill", action="store_true", help="take large.pt and tiny.pt as they are, and go on from there")
-    parser.add_argument("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help="where the models go (default: checkpoints/)")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: the faster, by a short race)")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds repeat a run, if --dtype is given as well")
+    train = "Train large and tiny on text; then tiny and the draft heads on what large writes."
+    folder = "where the models go (default: checkpoints/)"
+    dtypes = "of the arithmetic (default: the faster, by a short race)"
+    parser = Parser(description=train)
+    option = parser.add_argument
+    option("--data", metavar="PATH", help="a text file or a folder (default: Python's own library)")
+    option("--preset", choices=PRESETS, help="default: gpu where there is one, else cpu")
+    option("--distill", action="store_true", help="take large.pt and tiny.pt, and go on from there")
+    option("--checkpoints", metavar="DIR", default=CHECKPOINTS, type=Path, help=folder)
+    option("--device", help="default: cuda where there is one, else cpu")
+    option("--dtype", choices=("float32", "bfloat16"), help=dtypes)
+    option("--seed", type=int, default=0, help="equal seeds repeat a run, if --dtype is given, too")
     args = parser.parse_args(argv)
     try:
         run(args)
@@ -441,7 +513,6 @@ def main(argv=None):
         print(str(error) or "interrupted; what is in partial.pt is kept", file=sys.stderr)
         sys.exit(130)
 
-
 def run(args):
     device = find_device(args.device)
     preset = PRESETS[args.preset or ("gpu" if device.type == "cuda" else "cpu")]
@@ -451,25 +522,31 @@ def run(args):
 
     # The text.
     texts, held_out_texts = split_corpus(read_corpus(args.data))
-    print(f"corpus: {len(texts)} training texts of {sum(map(len, texts)):,} characters, {len(held_out_texts)} held out", flush=True)
+    characters = f"{sum(map(len, texts)):,} characters"
+    corpus = f"{len(texts)} training texts of {characters}, {len(held_out_texts)} held out"
+    print(f"corpus: {corpus}", flush=True)
     torch.manual_seed(args.seed)
     if args.distill:
         large, tiny, encoding = load_pair(args.checkpoints, device, torch.float32)
     else:
         encoding = train_tokenizer(texts, preset.vocab_size, preset.sample)
         n_layer, *widths = preset.large
-        shapes = (n_layer // 2, *widths), preset.tiny
-        large, tiny = (GPT(GPTConfig(preset.vocab_size, preset.block_size, *shape)).to(device) for shape in shapes)
+        sizes = preset.vocab_size, preset.block_size
+        large = GPT(GPTConfig(*sizes, n_layer // 2, *widths)).to(device)
+        tiny = GPT(GPTConfig(*sizes, *preset.tiny)).to(device)
     block_size = large.config.block_size
     tokens, held_out = encode(encoding, texts), encode(encoding, held_out_texts)
     if min(len(tokens), len(held_out)) < 2 * (block_size + 1):
         sizes = f"{len(tokens)} tokens to train on, {len(held_out)} held out"
-        raise ValueError(f"corpus too small: {sizes}; two windows of {block_size + 1} are the least")
+        least = f"two windows of {block_size + 1} are the least"
+        raise ValueError(f"corpus too small: {sizes}; {least}")
     args.checkpoints.mkdir(parents=True, exist_ok=True)
-    print(f"tokenizer: {encoding.n_vocab} tokens; {len(tokens):,} to train on, {len(held_out):,} held out", flush=True)
+    sizes = f"{len(tokens):,} to train on, {len(held_out):,} held out"
+    print(f"tokenizer: {encoding.n_vocab} tokens; {sizes}", flush=True)
 
     # Large and tiny, on text.
-    settings = {"preset": asdict(preset), "seed": args.seed, "corpus": zlib.crc32(tokens.numpy().tobytes())}
+    settings = {"preset": asdict(preset), "seed": args.seed}
+    settings["corpus"] = zlib.crc32(tokens.numpy().tobytes())
     settings["distill"] = [fingerprint(large), fingerprint(tiny)] if args.distill else None
     stages = Run(args.checkpoints, settings, device, args.dtype)
     autocast = stages.autocast
@@ -482,17 +559,25 @@ def run(args):
 
     def text_batch(model, generator):
         first = torch.randint(len(tokens) - block_size, (preset.batch_size, 1), generator=generator)
-        return text_loss(model, tokens[first + torch.arange(block_size + 1)].long().to(device, non_blocking=True))
+        batch = tokens[first + torch.arange(block_size + 1)].long()
+        return text_loss(model, batch.to(device, non_blocking=True))
+
+    def train(stage, model, loss_of, steps, seed):
+        n_tokens = preset.batch_size * block_size
+        return stages.train(stage, model, loss_of, steps, args.seed + seed, n_tokens)
 
     if not args.distill:
-        large = stages.train("shallow", large, text_batch, preset.steps[0], args.seed + 1, preset.batch_size * block_size)
-        large = stages.train("large", grow(large), text_batch, preset.steps[1], args.seed + 5, preset.batch_size * block_size)
-        tiny = stages.train("tiny", tiny, text_batch, preset.steps[2], args.seed + 2, preset.batch_size * block_size)
+        large = train("shallow", large, text_batch, preset.steps[0], seed=1)
+        large = train("large", grow(large), text_batch, preset.steps[1], seed=5)
+        tiny = train("tiny", tiny, text_batch, preset.steps[2], seed=2)
     large.eval().requires_grad_(False)
     wte = large.wte.weight
     for title, model in (("large", large), ("tiny", tiny)):
         print(f"{title}: {sum(p.numel() for p in model.parameters()):,} weights", flush=True)
-    heads = {kind: new_heads(large, preset.n_heads_embd, kind == "markov") for kind in ("markov", "blind")}
+    heads = {
+        "markov": new_heads(large, preset.n_heads_embd, markov=True),
+        "blind": new_heads(large, preset.n_heads_embd, markov=False),
+    }
 
     # Tiny and the heads, on what large writes: of three batches two at temperature 1, one greedy.
     written = stages.state["written"]
@@ -500,9 +585,12 @@ def run(args):
         i = len(written)
         written.append(write(large, tokens, 128, float(i % 3 < 2), args.seed + 100 + i).cpu())
         stages.save()
-        print(f"large writes: {i + 1}/{preset.written} batches of 128 x {block_size} tokens", flush=True)
-    own, held_out_own = torch.cat(written), write(large, held_out, 64, 1.0, args.seed + 99)
-    states, held_out_states = read(large, own, autocast), read(large, held_out_own, autocast)
+        batches = f"{i + 1}/{preset.written} batches of 128 x {block_size} tokens"
+        print(f"large writes: {batches}", flush=True)
+    own = torch.cat(written)
+    held_out_own = write(large, held_out, 64, 1.0, args.seed + 99)
+    states = read(large, own, autocast)
+    held_out_states = read(large, held_out_own, autocast)
 
     def own_batch(loss_of):
         def batch(model, generator):
@@ -512,36 +600,43 @@ def run(args):
         return batch
 
     def some_positions(model, wte, texts, states, generator):
-        first = torch.randint(block_size - N_AHEAD, (len(texts), 128), generator=generator).to(device)
-        return heads_loss(model, wte, texts, states, first)[0]
+        start = torch.randint(block_size - N_AHEAD, (len(texts), 128), generator=generator)
+        return heads_loss(model, wte, texts, states, start.to(device))[0]
 
-    measured = {"held-out text": windows, "what large writes after held-out text": held_out_own.long()}
-    before = [held_out_alpha(large, tiny, texts, device, autocast) for texts in measured.values()]
+    def alphas():
+        return [held_out_alpha(large, tiny, t, device, autocast) for t in measured.values()]
+
+    measured = {"held-out text": windows, "what large writes after it": held_out_own.long()}
+    before = alphas()
     distil = own_batch(lambda *batch: distillation_loss(*batch[:-1]))
-    tiny = stages.train("distil", tiny, distil, preset.steps[3], args.seed + 3, preset.batch_size * block_size)
-    after = [held_out_alpha(large, tiny, texts, device, autocast) for texts in measured.values()]
+    tiny = train("distil", tiny, distil, preset.steps[3], seed=3)
+    after = alphas()
     for kind in heads:
-        stages.train(kind, heads[kind], own_batch(some_positions), preset.steps[4], args.seed + 4, preset.batch_size * block_size)
+        train(kind, heads[kind], own_batch(some_positions), preset.steps[4], seed=4)
 
     for title, model in (("large", large), ("tiny", tiny)):
-        print(f"held-out loss of {title}: {held_out_loss(model, windows, device, autocast):.3f} nats per token")
-    for where, *alphas in zip(measured, before, after):
-        alphas = " before distillation, ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in alphas)
-        print(f"acceptance rate on {where}: {alphas} after")
+        loss = held_out_loss(model, windows, device, autocast)
+        print(f"held-out loss of {title}: {loss:.3f} nats per token")
+    for where, *two in zip(measured, before, after):
+        one, other = (f"{alpha:.3f} +- {error:.3f}" for alpha, error in two)
+        print(f"acceptance rate on {where}: {one}, after distillation {other}")
     for kind in heads:
-        alphas = zip(*heads_alpha(heads[kind], wte, held_out_own, held_out_states))
-        alphas = " ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in alphas)
-        print(f"of the {kind} heads there, at guesses 1 to {N_AHEAD}: {alphas}")
+        rates = zip(*heads_alpha(heads[kind], wte, held_out_own, held_out_states))
+        rates = " ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in rates)
+        title, _ = STAGES[kind]
+        print(f"acceptance rate there of {title}, at guesses 1 to {N_AHEAD}:\n    {rates}")
 
-    # All files are complete before any name is taken. A run that dies in between still has partial.pt to go on from.
+    # All files are complete before any name is taken. A run that dies in between still has
+    # partial.pt to go on from.
     save_checkpoint(args.checkpoints / "large.pt.complete", large, encoding)
     save_checkpoint(args.checkpoints / "tiny.pt.complete", tiny, encoding)
     save_heads(args.checkpoints / "heads.pt.complete", large, heads["markov"], heads["blind"])
-    for title in ("heads", "large", "tiny"):  # tiny last: with --distill, its old file is what partial.pt belongs to
+    # tiny last: with --distill, its old file is what partial.pt belongs to
+    for title in ("heads", "large", "tiny"):
         os.replace(args.checkpoints / f"{title}.pt.complete", args.checkpoints / f"{title}.pt")
     stages.path.unlink()
-    print(f"wrote large.pt, tiny.pt and heads.pt to {args.checkpoints} after {(time.perf_counter() - start) / 60:.1f} minutes")
-
+    minutes = f"{(time.perf_counter() - start) / 60:.1f} minutes"
+    print(f"wrote large.pt, tiny.pt and heads.pt to {args.checkpoints} after {minutes}")
 
 if __name__ == "__main__":
     main()

@@ -120,21 +120,21 @@ def fresh_states(target, tokens):
     """What `target_states` should be in whole texts (B, T), from a pass without a cache: (B, T, n_state)."""
     values, D = [], target.config.n_embd
     seen = {1: (), 2: (1,), 3: (1, 2), 4: (2,), 6: (2, 4), 7: (3, 6)}[target.config.n_layer]
-    hooks = [target.h[i].attn.c_attn.register_forward_hook(lambda module, x, qkv: values.append(qkv[:, 2 * D :])) for i in seen]
+    hooks = [target.h[i].attn.c_attn.register_forward_hook(lambda module, x, qkv: values.append(qkv[..., 2 * D :])) for i in seen]
     _, hidden = target(tokens)
     for hook in hooks:
         hook.remove()
-    return torch.cat([hidden] + [v.view(hidden.shape) for v in values], -1)
+    return torch.cat([hidden] + values, -1)
 
 
 def heads_logits(heads, target, text, guesses=()):
     """What heads say after a text, and after each guess behind it, every pass from an empty cache: (1 + len(guesses), V)."""
-    states, logits = heads.state(F.pad(fresh_states(target, torch.tensor([text])), (0, 0, 1, -1))), []
+    states, logits = heads.c_state(F.pad(fresh_states(target, torch.tensor([text])), (0, 0, 1, -1))), []
     for i in range(len(guesses) + 1):
         tokens = torch.tensor([[*text, *guesses[:i]]])
         state = heads(states, tokens, heads.new_cache(1, tokens.shape[1]))[:, -1:]
         states = torch.cat((states, state), 1)
-        logits.append(heads.logits(state)[0, 0])
+        logits.append(heads.lm_head(state)[0, 0])
     return torch.stack(logits)
 
 
@@ -146,6 +146,13 @@ def fresh_logits(model, tokens):
 @pytest.fixture(scope="session")
 def target():
     return make_gpt(1)
+
+
+@pytest.fixture
+def ours(pytestconfig):
+    """For tests of how this project does something. There are other right ways: --impl skips them."""
+    if pytestconfig.getoption("--impl"):
+        pytest.skip("a test of how specdec.py does it; other ways are as good")
 
 
 def wrong_rule(target_probs, draft_probs, draft_tokens, generator):

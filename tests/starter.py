@@ -1,37 +1,77 @@
-"""Write the starting point of the exercises: specdec.py with the bodies of the exercise functions taken out.
+"""Write the starting point of the exercises: specdec.py, without the bodies of their functions.
 
     python tests/starter.py > my_specdec.py           # all of them
     python tests/starter.py verify > my_specdec.py    # only these
+
+What the exercises ask for is in tests/EXERCISES.md.
 """
 
 import ast
 import sys
+import textwrap
 from pathlib import Path
 
 SPECDEC = Path(__file__).parent.parent / "specdec.py"
 EXERCISES = (
-    "to_probs", "bernoulli", "categorical", "plain_rounds", "ratio", "residual", "verify", "Drafter.propose", "catch_up",
-    "ModelDrafter.commit", "speculative_rounds", "expected_tokens", "expected_speed_up", "best_k", "NGramDrafter.propose", "verify_block",
-    "verify_coupled", "ancestors",
+    "to_probs", "bernoulli", "categorical", "Rows.newest", "Rows.append", "read_prompts",
+    "plain_rounds", "verify", "ModelDrafter.propose", "ModelDrafter.unread", "ModelDrafter.commit",
+    "speculative_round", "speculative_rounds", "expected_tokens", "verify_block",
+    "Coupled.__call__", "NGramDrafter.propose", "AutoK.propose", "AutoK.pays", "ancestors",
+    "verify_tree", "TreeDrafter.round",
 )  # fmt: skip
 
 
 def starter(source, exercises=EXERCISES):
-    """The source with the body of each exercise replaced, but for its docstring, by a NotImplementedError that names it."""
-    lines, found = source.splitlines(), []
-    tree = ast.parse(source).body
-    functions = [("", node) for node in tree] + [(f"{c.name}.", node) for c in tree if isinstance(c, ast.ClassDef) for node in c.body]
-    for prefix, node in sorted(functions, key=lambda f: -f[1].lineno):  # from the end, so that line numbers stay right
-        if isinstance(node, ast.FunctionDef) and prefix + node.name in exercises:
-            found.append(prefix + node.name)
-            first = node.body[1] if ast.get_docstring(node) else node.body[0]
-            indent = " " * first.col_offset
-            start = (node.body[0].end_lineno if ast.get_docstring(node) else first.lineno - 1)
-            lines[start : node.end_lineno] = [f'{indent}raise NotImplementedError("exercise {prefix}{node.name} is not done yet")']
-    if sorted(found) != sorted(exercises):
-        raise ValueError(f"specdec.py no longer has the exercises {set(exercises) - set(found)}")
+    """The source; each of these functions does no more than raise an error that names it.
+
+    Signature and docstring stay; where there is no docstring, the comments stay.
+    """
+    lines, functions = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            functions[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+            functions |= {f"{node.name}.{method.name}": method for method in methods}
+    missing = [name for name in exercises if name not in functions]
+    if missing:
+        raise ValueError(f"specdec.py has no function {', '.join(missing)}")
+    # From the end of the file, so that the line numbers of the rest stay right.
+    for name in sorted(set(exercises), key=lambda name: -functions[name].lineno):
+        node = functions[name]
+        body, indent = node.body[0], " " * node.body[0].col_offset
+        stub = [f'{indent}raise NotImplementedError("exercise {name} is not done yet")']
+        if ast.get_docstring(node):
+            start = body.end_lineno
+        else:
+            start = body.lineno - 1
+            while lines[start - 1].startswith(f"{indent}#"):
+                start -= 1
+            comments = [n for n in lines[start : node.end_lineno] if n.startswith(f"{indent}#")]
+            stub = comments + stub
+        lines[start : node.end_lineno] = stub
     return "\n".join(lines) + "\n"
 
 
+def main(words):
+    """-> exit status."""
+    if {"-h", "--help"} & set(words):
+        names = textwrap.fill(f"The exercises: {', '.join(EXERCISES)}", 100)
+        text = f"{__doc__}\n{names}\n"
+    else:
+        for word in words:
+            if word not in EXERCISES:
+                print(f"starter.py: no exercise {word!r}; --help lists them", file=sys.stderr)
+                return 2
+        text = starter(SPECDEC.read_text(encoding="utf-8"), words or EXERCISES)
+    try:
+        with open(1, "w", encoding="utf-8", closefd=False) as out:
+            out.write(text)
+    except OSError as error:
+        print(f"starter.py: cannot write: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(starter(SPECDEC.read_text(), sys.argv[1:] or EXERCISES), end="")
+    sys.exit(main(sys.argv[1:]))

@@ -1,71 +1,128 @@
-"""Drafters without a loop around them: whatever was accepted before, each guess comes from the law that it should."""
+"""Drafters without a loop around them.
+
+Whatever was accepted before, each guess comes from the distribution that it should.
+"""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import specdec
 from conftest import fresh_logits, heads_logits, make_gpt, make_heads
-from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds
+from extras import ConfidentHeadsDrafter
+from kvcache import FixedKVCache
+from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, Rows, TreeDrafter, generate, rounds
 from test_kvcache import poison
 
-MODEL = make_gpt(2)
-B, T, ROOM = 3, 4, 60
+MODEL, DRAFT = make_gpt(1), make_gpt(2)
+B, T, ROOM = 3, 4, 50
 
 
-def law(logits):
+def probs_of(logits):
     return (logits / 2).softmax(-1)  # of the test's own, so that its use can be seen
 
 
-@given(st.lists(st.tuples(st.integers(1, 4), st.lists(st.integers(0, 4), min_size=B, max_size=B)), min_size=1, max_size=6), st.booleans(), st.integers(0, 10**6))
-def test_guesses_come_from_the_laws_of_a_fresh_forward(history, fixed, seed):
-    """Each round guesses k tokens; each row then accepts some of them, up to all, and adds a token that the draft did not guess."""
+def make_rows(texts, room=ROOM, generator=None):
+    """Rows that hold these texts, with room for more. What lies behind them is any tokens."""
+    rows = Rows([torch.tensor(text) for text in texts], room, spare=6)
+    for row, text in zip(rows.tokens, texts):
+        row[len(text) :] = torch.randint(7, (len(row) - len(text),), generator=generator)
+    return rows
+
+
+def random_rows(lengths, generator=None):
+    return make_rows([torch.randint(7, (n,), generator=generator).tolist() for n in lengths])
+
+
+def start(drafter, rows, fixed=False):
+    """-> the target's cache."""
+    cache = MODEL.new_cache(*rows.tokens.shape)
+    drafter.start(MODEL, cache, rows, specdec.read_prompts(MODEL, cache, rows))
+    if fixed:
+        drafter.cache = FixedKVCache(drafter.cache)
+    return cache
+
+
+accepted_of_each = st.lists(st.integers(0, 4), min_size=B, max_size=B)
+histories = st.lists(st.tuples(st.integers(1, 4), accepted_of_each), min_size=1, max_size=6)
+three_lengths = st.lists(st.integers(1, 6), min_size=B, max_size=B)
+
+
+@given(histories, three_lengths, st.booleans(), st.booleans(), st.integers(0, 10**6))
+def test_guesses_come_from_the_distributions_of_a_fresh_forward(
+    history, lengths, heads, fixed, seed
+):
+    """Each round guesses k tokens; each row then accepts some of them, up to all.
+
+    It adds a token that the draft did not guess: the one that lies behind the row already. With
+    fixed shapes a drafter reads as much as it may lack, needed or not, from the second round on.
+    """
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(7, (B, ROOM), generator=generator)
-    length = torch.full((B,), T)
-    drafter = ModelDrafter(MODEL)
-    drafter.check(MODEL, 48)
-    drafter.start(text[:, :T], ROOM, None, MODEL.new_cache(B, ROOM, fixed))
-    drafter.unread = 2 if fixed else None
-    assert drafter.cache.length.tolist() == [T - 1] * B
+    rows = random_rows(lengths, generator)
+    drafter = HeadsDrafter(make_heads(0, 7, 16)) if heads else ModelDrafter(DRAFT)
+    cache = start(drafter, rows, fixed)
+    assert drafter.cache.length.tolist() == ([0] * B if heads else [n - 1 for n in lengths])
     before = "the prompt"
     for k, accepted in history:
         poison(drafter.cache)
-        draft_tokens, draft_probs = drafter.propose(text, length, k, law, generator)
-        assert draft_tokens.shape == (B, k) and draft_probs.shape == (B, k, 7) and draft_tokens.dtype == torch.int64
-        for b in range(B):
-            whole = torch.cat((text[b, : length[b]], draft_tokens[b]))
-            expected = law(fresh_logits(MODEL, whole)[length[b] - 1 : length[b] - 1 + k])
-            wrong = f"row {b} after {before}: of {k} guesses, these laws are wrong: "
-            torch.testing.assert_close(draft_probs[b], expected, rtol=0, atol=1e-12, msg=wrong.__add__)
-            n = min(accepted[b], k)
-            text[b, length[b] : length[b] + n] = draft_tokens[b, :n]  # behind them text already holds a random token: the correction
-        n_new = torch.tensor(accepted).clamp(max=k) + 1
-        drafter.commit(length, n_new, None)
-        length += n_new
-        before = f"a round in which the rows accepted {(n_new - 1).tolist()} of {k} guesses"
-        assert (drafter.cache.length < length).all()
+        poison(cache)
+        old = rows.length.clone()
+        guesses, draft_probs = drafter.propose(rows, k, probs_of, generator)
+        assert guesses.shape == (B, k) and guesses.dtype == torch.int64
+        assert draft_probs.shape == (B, k, 7)
+        for b, n in enumerate(old.tolist()):
+            text, guessed = rows.tokens[b, :n].tolist(), guesses[b].tolist()
+            if heads:
+                logits = heads_logits(drafter.heads, MODEL, text, guessed[:-1])
+            else:
+                logits = fresh_logits(DRAFT, torch.tensor(text + guessed))[n - 1 : n - 1 + k]
+            wrong = f"row {b} after {before}: of {k} guesses, these distributions are wrong: "
+            torch.testing.assert_close(
+                draft_probs[b], probs_of(logits), rtol=0, atol=1e-12, msg=wrong.__add__
+            )
+            n_kept = min(accepted[b], k)
+            rows.tokens[b, n : n + n_kept] = guesses[b, :n_kept]
+        read = rows.tokens.gather(1, old[:, None] - 1)
+        _, hidden = MODEL(torch.cat((read, guesses), 1), cache)
+        rows.length += torch.tensor(accepted).clamp(max=k) + 1
+        cache.rollback(rows.length - 1)
+        drafter.commit(rows, hidden)
+        # Heads keep what they read with the target's states; a model all but its last guess.
+        kept = old if heads else torch.minimum(rows.length - 1, old + k - 1)
+        assert drafter.cache.length.tolist() == kept.tolist()
+        before = f"a round in which the rows accepted {accepted} of {k} guesses"
+        drafter.n_unread = None if not fixed else 5 if heads else 2
 
 
-def test_guesses_are_drawn_from_the_reported_laws(monkeypatch):
+MAKERS = {
+    "model": lambda: ModelDrafter(DRAFT),
+    "heads": lambda: HeadsDrafter(make_heads(0, 7, 16)),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_guesses_are_drawn_from_the_reported_distributions(monkeypatch, make):
     """The very tensor that is returned is the one drawn from (mutants.py C1-C8)."""
-    import specdec
-
     drawn = []
-    monkeypatch.setattr(specdec, "categorical", lambda probs, generator=None, ahead=0: drawn.append(probs) or probs.argmax(-1))
-    text = torch.randint(7, (B, ROOM))
-    drafter = ModelDrafter(MODEL)
-    drafter.start(text[:, :T], ROOM, None, MODEL.new_cache(B, ROOM))
-    tokens, probs = drafter.propose(text, torch.full((B,), T), 3, law, None)
+
+    def categorical(probs, generator=None):
+        drawn.append(probs)
+        return probs.argmax(-1)
+
+    monkeypatch.setattr(specdec, "categorical", categorical)
+    rows, drafter = random_rows([T] * B), make()
+    start(drafter, rows)
+    tokens, probs = drafter.propose(rows, 3, probs_of, None)
     assert torch.equal(torch.stack(drawn, 1), probs) and torch.equal(tokens, probs.argmax(-1))
 
 
 def test_rollback_forgets_what_was_not_accepted():
-    text = torch.randint(7, (B, ROOM))
-    drafter = ModelDrafter(MODEL)
-    drafter.start(text[:, :T], ROOM, None, MODEL.new_cache(B, ROOM))
-    drafter.propose(text, torch.full((B,), T), 3, law, torch.Generator().manual_seed(0))
-    drafter.commit(torch.full((B,), T), torch.tensor([1, 2, 4]), None)  # after 0, 1 and all 3 accepted guesses
+    rows, drafter = random_rows([T] * B), ModelDrafter(DRAFT)
+    start(drafter, rows)
+    drafter.propose(rows, 3, probs_of, torch.Generator().manual_seed(0))
+    rows.length += torch.tensor([1, 2, 4])  # after 0, 1 and all 3 accepted guesses
+    drafter.commit(rows, None)
     assert drafter.cache.length.tolist() == [T, T + 1, T + 2]  # nobody has read the third
 
 
@@ -73,7 +130,10 @@ def test_rollback_forgets_what_was_not_accepted():
 
 
 def lookup(text, k, max_n=3):
-    """What followed the last n tokens when they stood in the text before, n as large as possible, then as late as possible."""
+    """What followed the last n tokens when they stood in the text before.
+
+    n is as large as possible, then the match as late as possible.
+    """
     for n in range(min(max_n, len(text) - 1), 0, -1):
         for end in range(len(text) - 1, n - 1, -1):
             if text[end - n : end] == text[-n:]:
@@ -82,31 +142,33 @@ def lookup(text, k, max_n=3):
     return None
 
 
-def ngram(texts, k, room=5, max_n=3):
+def ngram(texts, k, max_n=3, ended=(), always=False):
     """propose, on texts of different lengths, with other tokens behind each."""
-    length = torch.tensor([len(text) for text in texts])
-    rows = torch.randint(7, (len(texts), max(length) + room))
-    for row, text in zip(rows, texts):
-        row[: len(text)] = torch.tensor(text)
-    drafter = NGramDrafter(max_n)
-    drafter.check(MODEL, 48)
-    return drafter.propose(rows, length, k, law, None)
+    rows, drafter = make_rows(texts), NGramDrafter(max_n)
+    start(drafter, rows)
+    for b in ended:
+        rows.end[b] = rows.length[b]
+    drafter.always = always
+    return drafter.propose(rows, k, probs_of, None)
 
 
 def test_ngram_by_hand():
-    tokens, probs = ngram([[1, 2, 3, 4, 1, 2], [5, 1, 5, 2, 5], [1, 2, 3, 4], [6, 6, 6]], 3)
+    texts = [[1, 2, 3, 4, 1, 2], [5, 1, 5, 2, 5], [1, 2, 3, 4], [6, 6, 6]]
+    tokens, probs = ngram(texts, 3)
     assert tokens[[0, 1, 3]].tolist() == [[3, 4, 1], [2, 5, 2], [6, 6, 6]]
     assert probs[2].sum() == 0, "no match, no guess"
     assert probs[0].argmax(-1).tolist() == [3, 4, 1] and probs[0].sum(-1).tolist() == [1, 1, 1]
 
 
 def test_the_longest_match_wins_then_the_latest():
-    assert ngram([[1, 2, 3, 2, 4, 1, 2]], 1)[0].item() == 3  # after 1 2, although 2 alone was last followed by 4
-    assert ngram([[1, 2, 3, 2, 4, 1, 2]], 1, max_n=1)[0].item() == 4
+    text = [1, 2, 3, 2, 4, 1, 2]
+    assert ngram([text], 1)[0].item() == 3  # after 1 2, although 2 alone was last followed by 4
+    assert ngram([text], 1, max_n=1)[0].item() == 4
 
 
 def test_patterns_longer_than_the_text_are_no_harm():
-    assert ngram([[1, 2, 1]], 1, max_n=40)[0].item() == 2
+    for max_n in (40, 1000):
+        assert ngram([[1, 2, 1]], 1, max_n=max_n)[0].item() == 2
 
 
 def test_patterns_have_at_least_one_token():
@@ -119,57 +181,90 @@ def test_without_any_match_there_is_nothing_to_verify():
     assert tokens.shape == (2, 0) and probs.shape == (2, 0, 7)
 
 
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4))
-def test_ngram_equals_a_plain_search_of_each_row(texts, k, max_n):
+def test_where_shapes_are_fixed_there_are_always_k_places():
+    """Of which those of a row without a match are no guesses."""
+    tokens, probs = ngram([[1, 2, 3], [4]], 3, always=True)
+    assert tokens.shape == (2, 3) and probs.shape == (2, 3, 7) and probs.sum() == 0
+
+
+several_texts = st.lists(
+    st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=4
+)
+
+
+@given(several_texts, st.integers(1, 4), st.integers(1, 4), st.booleans())
+def test_ngram_equals_a_plain_search_of_each_row(texts, k, max_n, always):
     """It never matches its own end, and never looks at what lies behind it."""
-    tokens, probs = ngram(texts, k, max_n=max_n)
-    for row, p, text in zip(tokens, probs, texts):
-        expected = lookup(text, k, max_n)
+    tokens, probs = ngram(texts, k, max_n, always=always)
+    found = [lookup(text, k, max_n) for text in texts]
+    assert tokens.shape[1] == probs.shape[1] == (k if always or any(found) else 0)
+    for row, p, expected in zip(tokens, probs, found):
         if expected is None:
             assert p.sum() == 0
         else:
             assert row.tolist() == expected == p.argmax(-1).tolist()
+            assert p.sum(-1).tolist() == [1] * k and p.max() == 1
 
 
 def test_ngram_guesses_nothing_for_a_row_that_has_ended():
-    drafter = NGramDrafter()
-    drafter.check(MODEL, 48)
-    drafter.going = torch.tensor([True, False])
-    tokens, _ = drafter.propose(torch.tensor([[1, 2, 3, 0, 0], [1, 2, 1, 0, 0]]), torch.tensor([3, 3]), 2, law, None)
+    texts = [[1, 2, 3], [1, 2, 1]]
+    assert ngram(texts, 2)[0].shape == (2, 2)
+    tokens, _ = ngram(texts, 2, ended=[1])
     assert tokens.shape == (2, 0)
 
 
 def test_ngram_forgets_the_prompt_before():
     """Nothing is kept from one text to the next."""
     drafter = NGramDrafter()
-    drafter.check(MODEL, 48)
-    drafter.propose(torch.tensor([[1, 2, 1, 2, 0]]), torch.tensor([4]), 1, law, None)
-    assert drafter.propose(torch.tensor([[3, 1, 2, 0]]), torch.tensor([3]), 1, law, None)[0].shape == (1, 0)
+    for text, n in (([1, 2, 1, 2], 1), ([3, 1, 2], 0)):
+        rows = make_rows([text])
+        start(drafter, rows)
+        assert drafter.propose(rows, 1, probs_of, None)[0].shape == (1, n)
 
 
 # -- heads
 
 
-@pytest.mark.parametrize("markov, n_layer, n_state", [(True, 2, 16), (False, 2, 16), (True, 1, 8), (True, 3, 24), (True, 4, 16), (True, 6, 24), (True, 7, 24)])
+N_STATE = {1: 8, 2: 16, 3: 24, 4: 16, 6: 24, 7: 24}  # by n_layer: see `fresh_states`
+
+
+@pytest.mark.parametrize(
+    "markov, n_layer, n_state",
+    [(False, 2, 16), *((True, n_layer, n_state) for n_layer, n_state in N_STATE.items())],
+)
 def test_heads_guess_from_the_targets_states(markov, n_layer, n_state):
-    """Whatever was accepted: the laws are those of heads that read the text with the states of a fresh forward, then their own."""
-    assert_heads_guess_right(make_heads(0, 7, 16, markov, n_state), make_gpt(2, n_layer=n_layer), [[3, 1, 4], [0, 2, 6]], k=3)
+    """Whatever was accepted.
+
+    The distributions are those of heads that read the text with the states of a fresh forward, then
+    their own.
+    """
+    heads, target = make_heads(0, 7, 16, markov, n_state), make_gpt(2, n_layer=n_layer)
+    assert_heads_guess_right(heads, target, [[3, 1, 4], [0, 2, 6]], k=3)
 
 
 def test_heads_in_rows_shorter_than_what_another_row_lacks():
     for seed in range(8):  # with some heads and coins no row ever lacks more than another has
-        assert_heads_guess_right(make_heads(seed, 7, 16), MODEL, [[3], [5], [1]], k=4, temperature=3.0, seed=seed)
+        heads = make_heads(seed, 7, 16)
+        assert_heads_guess_right(heads, DRAFT, [[3], [5], [1]], k=4, temperature=3.0, seed=seed)
+
+
+def test_heads_after_prompts_of_different_lengths():
+    for seed in range(3):
+        texts = [[3, 1, 4, 1, 5, 2, 6, 5], [5], [1, 2]]
+        assert_heads_guess_right(make_heads(seed, 7, 16), DRAFT, texts, k=4, seed=seed)
 
 
 def assert_heads_guess_right(heads, model, texts, k, temperature=1.0, seed=1):
-    drafter = HeadsDrafter(heads)
-    for r in rounds(model, torch.tensor(texts), 25, drafter, k, temperature=temperature, seed=seed):
+    drafter, texts = HeadsDrafter(heads), [list(text) for text in texts]
+    prompts = [list(text) for text in texts]
+    for r in rounds(model, prompts, 25, drafter, k, temperature=temperature, seed=seed):
         for b, text in enumerate(texts):
-            if k := r.draft_probs.shape[1] if r.n_new[b] else 0:
-                assert drafter.cache.length[b] == len(text)  # what was read with the target's states stays, and nothing else
-                guesses = r.tokens[b, : min(r.n_accepted[b].item(), k - 1)].tolist()
-                expected = (heads_logits(heads, model, text, guesses) / temperature).softmax(-1)
-                torch.testing.assert_close(r.draft_probs[b, : len(expected)], expected, rtol=0, atol=1e-10)
+            if r.n_new[b]:
+                # What was read with the target's states stays, and nothing else.
+                assert drafter.cache.length[b] == len(text)
+                logits = heads_logits(heads, model, text, r.guesses[b, :-1].tolist())
+                expected = (logits / temperature).softmax(-1)
+                torch.testing.assert_close(r.draft_probs[b], expected, rtol=0, atol=1e-10)
             text += r.tokens[b, : r.n_new[b]].tolist()
         poison(drafter.cache), poison(drafter.target_cache)
 
@@ -178,24 +273,31 @@ def test_heads_that_learnt_more_guess_by_what_they_know_now():
     heads = make_heads(0, 7, 16)
     for seed in (0, 1):
         heads.load_state_dict(make_heads(seed, 7, 16).state_dict())
-        assert_heads_guess_right(heads, MODEL, [[3, 1, 4]], k=3)
+        assert_heads_guess_right(heads, DRAFT, [[3, 1, 4]], k=3)
 
 
 def test_heads_may_guess_for_a_batch_and_then_in_a_tree_for_another():
     drafter = HeadsDrafter(make_heads(0, 7, 16))
-    for rows, outer in ((2, drafter), (3, TreeDrafter(drafter, (2, 2)))):
-        assert generate(MODEL, torch.tensor([[3, 1, 4]] * rows), 5, drafter=outer, seed=0).stats.emitted == 5 * rows
+    for n_rows, outer in ((2, drafter), (3, TreeDrafter(drafter, (2, 2)))):
+        prompts = torch.tensor([[3, 1, 4]] * n_rows)
+        stats = generate(MODEL, prompts, 5, drafter=outer, seed=0).stats
+        assert stats.emitted == 5 * n_rows
 
 
 def test_heads_see_the_states_of_the_path_that_was_accepted():
-    """Of a tree, too. (Otherwise the guesses are worse, and nothing else. The values lie in the target's cache: see test_tree.py.)"""
-    tree, texts, depths = TreeDrafter(HeadsDrafter(make_heads(0, 7, 16)), (2, 2)), [[3, 1, 4], [0, 2, 6]], set()
-    for r in rounds(MODEL, torch.tensor(texts), 40, tree, seed=3):
+    """Of a tree, too. Otherwise the guesses are worse, and nothing else.
+
+    (The values lie in the target's cache: see test_tree.py.)
+    """
+    tree, depths = TreeDrafter(HeadsDrafter(make_heads(0, 7, 16)), (2, 2)), set()
+    texts = [[3, 1, 4], [0, 2, 6]]
+    for r in rounds(DRAFT, torch.tensor(texts), 40, tree, seed=3):
         depths.update(r.n_accepted.tolist())
         for b, text in enumerate(texts):
             text += r.tokens[b, : r.n_new[b]].tolist()
-            expected = MODEL(torch.tensor([text]))[1][0, :-1]
-            torch.testing.assert_close(tree.drafter.hidden[b, 1 : len(text)], expected, rtol=0, atol=1e-10)
+            expected = DRAFT(torch.tensor([text]))[1][0, :-1]
+            hidden = tree.drafter.hidden[b, 1 : len(text)]
+            torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-10)
     assert {0, 2} <= depths
 
 
@@ -208,18 +310,24 @@ def test_blind_heads_do_not_hear_of_the_guess_before():
 
 
 def test_confidence_decides_how_many_guesses(monkeypatch):
-    """Rounds that cost 1, 1.3, 1.6, 1.9 units, guesses accepted with .8, .7: after one guess 1.8 tokens, 1.38 per unit, and 2.44, or 1.53,
-    promised by another like it; after two 2.36, or 1.475, and 2.75, or 1.45: so two. With a row beside it whose guesses are
-    hopeless 2.8 tokens, or 2.154 per unit, after one guess, and 3.44, or 2.15, promised: so one. At a flat price: all."""
-    for times, counts in (([1, 1.3, 1.6, 1.9, 2.2], [2, 1]), ([1, 1, 1, 1, 1], [4, 4])):
-        for rows, n in zip(([[0.8, 0.7, 0.7, 0.7]], [[0.8, 0.7, 0.7, 0.7], [0, 0, 0, 0]]), counts):
-            chances = iter(torch.tensor(rows).T)
+    """Rounds that cost 1, 1.3, 1.6, 1.9 units, guesses accepted with .8, .7.
+
+    After one guess there are 1.8 tokens, 1.38 per unit, and 2.44, or 1.53, promised by another like
+    it; after two 2.36, or 1.475, and 2.75, or 1.45: so two. With a row beside it whose guesses are
+    hopeless 2.8 tokens, or 2.154 per unit, after one guess, and 3.44, or 2.15, promised: so one.
+    If that row has ended, it has no say: two again. At a flat price: all.
+    """
+    good, hopeless = [0.8, 0.7, 0.7, 0.7], [0, 0, 0, 0]
+    cases = (([good], [], 2), ([good, hopeless], [], 1), ([good, hopeless], [1], 2))
+    for times, n_flat in (([1, 1.3, 1.6, 1.9, 2.2], None), ([1, 1, 1, 1, 1], 4)):
+        for chances, ended, n in cases:
+            chance = iter(torch.tensor(chances).T)
             heads = make_heads(0, 7, 16)
-            monkeypatch.setattr(heads, "acceptance", lambda state: next(chances)[:, None])
-            drafter = HeadsDrafter(heads, times)
-            drafter.check(MODEL, 48)
-            text = torch.ones(len(rows), 9, dtype=torch.int64)
-            cache = MODEL.new_cache(len(rows))
-            drafter.start(text[:, :3], 9, MODEL(text[:, :2], cache)[1], cache)
-            tokens, _ = drafter.propose(text, torch.full((len(rows),), 3), 4, law, torch.Generator())
-            assert tokens.shape[1] == n
+            monkeypatch.setattr(heads, "acceptance", lambda state: next(chance)[:, None])
+            drafter = ConfidentHeadsDrafter(heads, times)
+            rows = make_rows([[1, 1, 1]] * len(chances))
+            start(drafter, rows)
+            for b in ended:
+                rows.end[b] = rows.length[b]
+            tokens, probs = drafter.propose(rows, 4, probs_of, torch.Generator())
+            assert tokens.shape[1] == probs.shape[1] == (n_flat or n)

@@ -1,7 +1,12 @@
-"""The exercises: the starter is made from specdec.py itself, and README's lines run the tests that grade it."""
+"""The exercises: every line of EXERCISES.md runs, grades what it says, and asks for nothing later."""
 
+import importlib.util
+import inspect
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,59 +16,170 @@ from mutants import run_pytest
 from starter import EXERCISES, SPECDEC, starter
 
 ROOT = Path(__file__).parent.parent
-LINES = re.findall(r"^ *(python -m pytest --impl my_specdec\.py .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+NOT_DONE = r"exercise [\w.]+ is not done yet"
+SOURCE = SPECDEC.read_text(encoding="utf-8")
+TEXT = (ROOT / "tests" / "EXERCISES.md").read_text(encoding="utf-8").replace(" \\\n       ", "")
+START = "python tests/starter.py > my_specdec.py"
+WHOLE = "python -m pytest --impl=my_specdec.py -x --tb=short"
+SHOW = "python my_specdec.py"
 
 
-def pytest_line(line, impl):
-    words = [str(impl) if word == "my_specdec.py" else word for word in shlex.split(line)[3:]]
-    return run_pytest([*words, "-q"], ROOT)
+def read_exercises():
+    """EXERCISES.md -> [(name, its functions, functions that must be done for it, its lines)]"""
+    exercises, done = [], {}
+    for part in TEXT.split("\n## ")[1:]:
+        title, *sections = part.split("\n### ")
+        kind = title.split(":")[0].split("\n")[0]
+        done[kind] = list(done.get("Part 1", ()))
+        for section in sections:
+            heading, rest = section.split("\n", 1)
+            functions = re.findall(r"`([\w.]+)`", heading)
+            lines = re.findall(r"^    (python .+)$", rest, re.MULTILINE)
+            needs = done[kind] + functions
+            exercises.append((heading.split(" (")[0], functions, needs, lines))
+            if kind != "Variations":  # each of these needs Part 1 only
+                done[kind] = needs
+    return exercises
 
 
-def with_exercises_left(line, left):
+ALL = read_exercises()
+LINES = [(name, needs, line) for name, _, needs, lines in ALL for line in lines]
+IDS = [line.split("my_specdec.py ")[1].replace(" -x --tb=short", "") for *_, line in LINES]
+
+
+def run_line(line, impl, *more):
+    """-> exit status, output."""
+    return run_pytest([*shlex.split(line.replace("my_specdec.py", str(impl)))[3:], *more], ROOT)
+
+
+def with_exercises_left(line, left, *more):
     """What comes of a line when these exercises are not done yet."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "my_specdec.py"
-        file.write_text(starter(SPECDEC.read_text(), left))
-        return pytest_line(line, file)
+        file.write_text(starter(SOURCE, left), encoding="utf-8")
+        return run_line(line, file, *more)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """With `-p test_exercises`: one case of each test, to save time. The suite runs the others."""
+    items[:] = {item.function: item for item in items}.values()
+
+
+def run(words, **options):
+    return subprocess.run([sys.executable, *words], cwd=ROOT, encoding="utf-8", **options)
+
+
+# -- the starter
 
 
 def test_the_starter_keeps_docstrings_and_drops_bodies():
-    text = starter(SPECDEC.read_text())
-    compile(text, "my_specdec.py", "exec")
+    text = starter(SOURCE)
     for name in EXERCISES:
         assert f'NotImplementedError("exercise {name} is not done yet")' in text
-    assert "Worked by hand" in text and "mass = left" not in text and "length - cache.length" not in text
-    with pytest.raises(ValueError, match="no longer has the exercises"):
+    assert "Worked by hand" in text and "# 3. Judge" in text
+    assert "mass_before" not in text and "before_eos" not in text
+    with pytest.raises(ValueError, match="has no function to_probs, "):
         starter("def verify():\n    pass\n")
 
 
-def test_there_are_enough_of_them():
-    assert len(LINES) >= 8
+def test_an_unfinished_function_names_itself_when_it_is_called(tmp_path):
+    """However it is decorated: as a generator, a static method, a cached function."""
+    (tmp_path / "unfinished.py").write_text(starter(SOURCE), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("unfinished", tmp_path / "unfinished.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in EXERCISES:
+        function = module
+        for part in name.split("."):
+            function = getattr(function, part)
+        with pytest.raises(NotImplementedError, match=f"exercise {name} is not done yet"):
+            function(*[None] * len(inspect.signature(function).parameters))
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("my_specdec.py ")[1])
-def test_an_unfinished_exercise_fails_with_its_name(line):
-    status, out = with_exercises_left(line + " -x --hypothesis-profile=mutants", EXERCISES)
-    assert status == 1 and re.search(r"NotImplementedError: exercise [\w.]+ is not done yet", out), out
+def test_the_starter_on_the_command_line():
+    script = shlex.split(START)[1]
+    assert run([script], capture_output=True).stdout == starter(SOURCE)
+    one = run([script, "verify", "verify"], capture_output=True).stdout
+    assert re.findall(NOT_DONE, one) == ["exercise verify is not done yet"]
+    shown = run([script, "--help"], capture_output=True)
+    assert shown.returncode == 0 and "python tests/starter.py" in shown.stdout
+    assert "TreeDrafter.round" in shown.stdout
+    for wrong in ("verfy", "--impl"):
+        wrong = run([script, wrong], capture_output=True)
+        assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
 
 
-DONE = (["to_probs"], ["bernoulli", "categorical"], ["plain_rounds"], ["ratio", "residual"], ["verify"], [], ["expected_tokens", "expected_speed_up", "best_k"],
-        ["Drafter.propose", "catch_up", "ModelDrafter.commit"], ["speculative_rounds"], [], ["NGramDrafter.propose"], ["verify_block"],
-        ["verify_coupled"], ["ancestors"], [])  # fmt: skip
-SLOW = (9, 14)  # nearly the whole of a file that the ordinary test command runs anyway. (At 14 all are done, so it is that very run.)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_the_starter_says_that_it_cannot_write():
+    with open("/dev/full", "w") as full:
+        failed = run([shlex.split(START)[1]], stdout=full, stderr=subprocess.PIPE)
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1
+    assert "No space left" in failed.stderr
 
 
-def left_after(i):
-    return [name for name in EXERCISES if name not in sum(DONE[: i + 1], [])]
+# -- EXERCISES.md
 
 
-@pytest.mark.parametrize("i", [i for i in range(len(DONE)) if i not in SLOW])
-def test_each_line_passes_once_the_exercises_up_to_it_are_done(i):
-    """In README's order, and no later exercise is needed for an earlier line."""
-    status, out = with_exercises_left(LINES[i] + " --hypothesis-profile=few", left_after(i))
+def test_the_exercises_are_those_of_the_starter_in_its_order():
+    assert sum([functions for _, functions, _, _ in ALL], []) == list(EXERCISES)
+    assert [name.split(".")[0] for name, *_ in ALL] == [str(i + 1) for i in range(len(ALL))]
+    assert all(lines for *_, lines in ALL)
+
+
+def test_every_code_block_is_run_by_a_test_below():
+    known = [START, WHOLE, SHOW] + [line for _, _, line in LINES]
+    assert re.findall(r"^    (.+)$", TEXT, re.MULTILINE) == known
+    assert "```" not in TEXT
+
+
+@pytest.mark.parametrize("name, needs, line", LINES, ids=IDS)
+def test_an_unfinished_exercise_fails_with_its_name(name, needs, line):
+    """All exercises before it are done: so what is named is its own function."""
+    own = next(functions for exercise, functions, *_ in ALL if exercise == name)
+    left = [f for f in EXERCISES if f not in needs or f in own] if own else EXERCISES
+    status, out = with_exercises_left(line, left, "--hypothesis-profile=mutants")
+    named = re.search(f"NotImplementedError: {NOT_DONE}", out)
+    assert status == 1 and named, out
+    assert not own or named[0].split()[2] in own, out
+
+
+@pytest.mark.parametrize("name, needs, line", LINES, ids=IDS)
+def test_a_line_passes_once_the_exercises_up_to_it_are_done(name, needs, line):
+    """No later exercise is needed for an earlier line."""
+    left = [f for f in EXERCISES if f not in needs]
+    few = "--hypothesis-profile=few", "-p", "test_exercises"
+    status, out = with_exercises_left(line, left, *few)
     assert status == 0, out
 
 
+def test_the_whole_suite_runs_on_a_file():
+    """Without the name of a test file, pytest knows --impl only in the form with `=`."""
+    status, out = with_exercises_left(WHOLE, EXERCISES)
+    assert status == 1 and re.search(NOT_DONE, out) and "unrecognized" not in out, out
+    status, out = with_exercises_left(WHOLE, (), "--collect-only", "-q")
+    assert status == 0, out
+    collected = set(re.findall(r"^tests/(\w+)\.py", out, re.MULTILINE))
+    assert collected >= set(re.findall(r"tests/(test_\w+)\.py", TEXT)) | {"test_sampled_law"}
+    assert not collected & {"test_exercises", "test_mutants", "test_training"}
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_the_demonstration_runs_on_a_file(ready, tmp_path):
+    """From the exercise on that is said; before, it ends with the name of what is missing."""
+    exercise = int(re.search(r"from exercise (\d+) on", TEXT)[1])
+    done = ALL[exercise - 1][2] if ready else ()
+    file = tmp_path / "my_specdec.py"
+    file.write_text(starter(SOURCE, [f for f in EXERCISES if f not in done]), encoding="utf-8")
+    words = "--max-new-tokens 2 --temperature 0 --threads 1".split()
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    shown = run([file, *words], capture_output=True, env=env)
+    if ready:
+        assert shown.returncode == 0 and shown.stderr == "", shown.stderr
+    else:
+        assert shown.returncode != 0 and re.search(NOT_DONE, shown.stderr.splitlines()[-1])
+
+
 def test_a_missing_file_is_said_to_be_missing():
-    status, out = pytest_line("python -m pytest --impl my_specdec.py tests/test_theory.py", "nowhere.py")
+    status, out = run_line(LINES[0][-1], "nowhere.py")
     assert status == 4 and "no file nowhere.py" in out

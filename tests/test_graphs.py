@@ -1,24 +1,30 @@
-"""Rounds as CUDA graphs, on a CPU: there a recording of operations stands in for the graph, with a graph's rules.
+"""Rounds as CUDA graphs, on a CPU: there a recording of operations stands in for the graph.
 
-A graph holds kernels and addresses. Whatever the host decided or looked up while it was recorded is frozen in it; recording computes
-nothing; a replay writes where the recorded run wrote; and only generators that it was told of give it new numbers.
+It has a graph's rules. A graph holds kernels and addresses. Whatever the host decided or looked up
+while it was recorded is frozen in it; recording computes nothing; a replay writes where the
+recorded run wrote, and keeps no memory alive but its own; and only generators that it was told of
+give it new numbers.
 """
-
-import time
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import specdec
 import test_law
-from model import now, pass_times
-from specdec import FixedK, ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds
-from test_decoding import DRAFT, DRAFTERS, PROMPTS, TARGET, heads_drafter
+from extras import accept_typical_lossy
+from model import capture
+from specdec import ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds, verify
+from test_decoding import (
+    DRAFT, DRAFTERS, PROMPTS, RAGGED, TARGET, NoisyDrafter, Sometimes, confident_heads, cut_at,
+    heads_drafter,
+)  # fmt: skip
 
 GRAPHS = []
-LOOKS = ("aten.item", "aten.is_nonzero", "aten._local_scalar_dense", "aten.resolve_conj")  # the last: tolist
+# The host sees a number by these; the last is how tolist begins.
+LOOKS = "aten.item", "aten.is_nonzero", "aten._local_scalar_dense", "aten.resolve_conj"
 COPIES = ("aten.lift_fresh",)  # from the host: how torch.tensor and torch.as_tensor begin
 
 
@@ -30,11 +36,46 @@ def memory(x):
     return x.untyped_storage().data_ptr()
 
 
+class Foreign:
+    """A tensor in memory that is not the graph's own: an address, which keeps nothing alive."""
+
+    def __init__(self, x):
+        self.storage = StorageWeakRef(x.untyped_storage())
+        self.dtype, self.shape = x.dtype, (x.storage_offset(), x.shape, x.stride())
+
+    def tensor(self):
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        assert storage is not None, "a graph uses memory that is no longer there"
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.shape)
+
+
+class Operation:
+    """One call of an operator. own: addresses of the memory that the graph has by now."""
+
+    def __init__(self, function, args, kwargs, out, own):
+        self.function = function
+        self.args, self.form = tree_flatten((args, kwargs))
+        used = {memory(x) for x in tensors(args, kwargs)}
+        self.out = [x.numel() > 0 and memory(x) not in used and x for x in tensors(out)]
+        own |= {memory(x) for x in self.out if x is not False}
+        for i, x in enumerate(self.args):
+            if isinstance(x, torch.Tensor) and x.numel() and memory(x) not in own:
+                self.args[i] = Foreign(x)
+
+    def repeat(self):
+        args = [x.tensor() if isinstance(x, Foreign) else x for x in self.args]
+        args, kwargs = tree_unflatten(args, self.form)
+        for old, new in zip(self.out, tensors(self.function(*args, **kwargs))):
+            if old is not False:  # else it is a view, or was changed in place
+                old.copy_(new)
+
+
 class Graph:
     """In place of torch.cuda.CUDAGraph."""
 
     def __init__(self):
         self.operations, self.generators, self.replays, self.stream = [], [], 0, None
+        self.own = set()
         GRAPHS.append(self)
 
     def register_generator_state(self, generator):
@@ -42,20 +83,20 @@ class Graph:
 
     def replay(self):
         self.replays += 1
-        for function, args, kwargs, out in self.operations:
-            new = function(*args, **kwargs)
-            used = {memory(x) for x in tensors(args, kwargs)}
-            for old, new in zip(tensors(out), tensors(new)):
-                if memory(old) not in used:  # else it is a view, or was changed in place
-                    old.copy_(new)
+        for operation in self.operations:
+            operation.repeat()
 
 
 class Recording(TorchDispatchMode):
-    """In place of torch.cuda.graph: what is done inside goes into the graph, and when it ends nothing has happened."""
+    """In place of torch.cuda.graph.
+
+    What is done inside goes into the graph, and when it ends nothing has happened.
+    """
 
     def __init__(self, graph, stream):
         super().__init__()
-        assert all(stream is not other.stream for other in GRAPHS if other is not graph), "two living graphs on one stream"
+        others = [other.stream for other in GRAPHS if other is not graph]
+        assert all(stream is not other for other in others), "two living graphs on one stream"
         self.graph, graph.stream, self.before = graph, stream, {}
 
     def __enter__(self):
@@ -65,15 +106,18 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         assert not str(function).startswith(LOOKS), "the host looks at a result inside a graph"
-        assert not str(function).startswith(COPIES), "a number is copied from the host inside a graph"
+        assert not str(function).startswith(COPIES), "a number is copied from the host in a graph"
         if kwargs.get("generator") is not None:
             known = [generator._cdata for generator in self.graph.generators]
-            assert kwargs["generator"]._cdata in known, "a generator that the graph does not know"
+            is_known = kwargs["generator"]._cdata in known
+            assert is_known, "a generator that the graph does not know"
         for changed, x in zip(function._schema.arguments, args):
-            if changed.is_write:
-                self.before.setdefault(memory(x), (x.untyped_storage(), x.untyped_storage().clone()))
+            if changed.is_write and memory(x) not in self.graph.own:
+                storage = x.untyped_storage()
+                self.before.setdefault(memory(x), (storage, storage.clone()))
         out = function(*args, **kwargs)
-        self.graph.operations.append((function, args, kwargs, out))
+        operation = Operation(function, args, kwargs, out, self.graph.own)
+        self.graph.operations.append(operation)
         return out
 
     def __exit__(self, *error):
@@ -94,141 +138,320 @@ def graphs(monkeypatch):
     GRAPHS.clear()
 
 
-def eager(*args, **options):
+def eager(function, *args, **options):
     """The same without graphs."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(specdec, "has_graphs", lambda device: False)
-        return generate(*args, **options)
+        return function(*args, **options)
 
 
-ALL = DRAFTERS["small_model"], DRAFTERS["always_right"], NGramDrafter, heads_drafter
+ALL = {
+    "small_model": DRAFTERS["small_model"],
+    "always_right": DRAFTERS["always_right"],
+    "ngram": NGramDrafter,
+    "heads": heads_drafter,
+}
+AND_PLAIN = {"plain": lambda: None} | ALL
+with_or_without = pytest.mark.parametrize("make", AND_PLAIN.values(), ids=AND_PLAIN)
+any_drafter = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+BATCHES = {
+    "greedy": (PROMPTS, 0),
+    "sampled": (PROMPTS, 1),
+    "from_one_token": (PROMPTS[:, :1], 0),
+    "ragged": (RAGGED, 0),
+}
 
 
-@pytest.mark.parametrize("make", [lambda: None, *ALL], ids=["plain", "small_model", "always_right", "ngram", "heads"])
-@pytest.mark.parametrize("prompts, temperature", [(PROMPTS, 0), (PROMPTS, 1), (PROMPTS[:, :1], 0)], ids=["greedy", "sampled", "from_one_token"])
+# -- the stand-in
+
+
+def test_the_stand_in_has_the_rules_of_a_graph():
+    """The first call runs as it is. To record one computes nothing. A replay is a call."""
+    state, generator = torch.zeros(2, dtype=torch.int64), torch.Generator().manual_seed(0)
+    coins, calls = [torch.rand(1, generator=torch.Generator().manual_seed(0))], []
+
+    def call():
+        calls.append(state.tolist() if len(calls) == 0 else None)
+        state.add_(1)
+        return state * 10, torch.rand(3, generator=generator), "constant"
+
+    replay = capture(call, generator)
+    every = []
+    for n in range(1, 5):
+        out = replay()
+        every.append((out[0], out[1]))
+        assert state.tolist() == [n, n] and out[2] == "constant"
+        assert len(calls) == 2  # one runs, one is recorded
+    assert [x.tolist() for x, _ in every] == [[10 * n] * 2 for n in range(1, 5)]
+    other = torch.Generator().manual_seed(0)
+    for _, u in every:
+        assert torch.equal(u, torch.rand(3, generator=other))
+    assert torch.equal(every[0][1][:1], coins[0])
+    assert GRAPHS[0].replays == 3
+
+
+def test_the_stand_in_keeps_nothing_alive():
+    memory = [torch.zeros(3)]
+    replay = capture(lambda: (memory[0] + 1,))
+    for _ in range(3):
+        assert replay()[0].tolist() == [1, 1, 1]
+    memory[0] = torch.zeros(3)
+    with pytest.raises(AssertionError, match="no longer there"):
+        replay()
+
+
+# -- replays are rounds
+
+
+@with_or_without
+@pytest.mark.parametrize("prompts, temperature", BATCHES.values(), ids=BATCHES)
 def test_replayed_rounds_are_the_rounds(make, prompts, temperature):
-    """A round is recorded once, and its replays, with new coins each, are what the loop would have done."""
-    for eos in (None, 2):
+    """A round is recorded once, and its replays are what the loop would have done.
+
+    The first round is for itself, the second runs and is recorded.
+    """
+    for eos in (None, [4, 2]):
+        GRAPHS.clear()
         options = {"k": 3, "temperature": temperature, "eos": eos, "seed": 5, "top_p": 0.95}
-        result = generate(TARGET, prompts, 20, drafter=make(), **options)
+        every = list(rounds(TARGET, prompts, 20, drafter=make(), **options))
+        texts = [[] for _ in prompts]
+        for r in every:
+            for text, tokens, n in zip(texts, r.tokens.tolist(), r.n_new.tolist()):
+                text += tokens[:n]
+        assert len(GRAPHS) == 1 and GRAPHS[0].replays == max(0, len(every) - 2)
+        assert len(every) > 4 or eos is not None
         if temperature == 0:
-            assert result.tokens == eager(TARGET, prompts, 20, drafter=make(), **options).tokens
-    assert len(GRAPHS) == 2 and GRAPHS[0].replays > 2
+            assert texts == eager(generate, TARGET, prompts, 20, drafter=make(), **options).tokens
+        elif eos is None:
+            assert [len(text) for text in texts] == [20] * len(prompts)
 
 
-@pytest.mark.parametrize("rule", ["rejection", "block", "lossy-typical"])
-@pytest.mark.parametrize("drafter", [ModelDrafter(DRAFT), heads_drafter()], ids=["model", "heads"])
-def test_the_same_coins_give_the_same_text(drafter, rule):
-    """Up to the last rounds, where a graph goes on guessing k tokens, though fewer are wanted."""
+@any_drafter
+@pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
+@pytest.mark.parametrize("prompts", [PROMPTS, RAGGED], ids=["batch", "ragged"])
+def test_the_same_coins_give_the_same_rounds(make, rule, prompts):
+    """Up to the last rounds, where a graph goes on guessing k tokens, though fewer are wanted.
+
+    Guesses and distributions as well: a draft that lacks something would make others.
+    """
     options = {"k": 3, "rule": rule, "seed": 5}
-    one, other = (run(TARGET, PROMPTS[:1], 40, drafter=drafter, **options) for run in (generate, eager))
-    assert one.tokens[0][:36] == other.tokens[0][:36]
-    assert [len(row) for row in one.tokens] == [40]
+    ours = list(rounds(TARGET, prompts, 40, drafter=make(), **options))
+    drafter = make()
+    decoding = eager(rounds, TARGET, prompts, 40, drafter=drafter, **options)
+    theirs = [next(decoding)]
+    drafter.always = True  # n-grams: k places also without a match, as in a graph
+    theirs += decoding
+    room, compared = torch.full((len(prompts),), 40), 0
+    for one, other in zip(ours, theirs):
+        if room.max() < 3:
+            break
+        active = room > 0
+        room -= one.n_new
+        compared += 1
+        assert torch.equal(one.n_new, other.n_new)
+        n = one.n_accepted[active]
+        assert torch.equal(n, other.n_accepted[active])
+        for b in active.nonzero()[:, 0].tolist():
+            m = one.n_accepted[b] + 1
+            assert torch.equal(one.tokens[b, :m], other.tokens[b, :m])
+            for name in ("target_probs", "draft_probs", "guesses"):
+                x, y = (getattr(r, name)[b] for r in (one, other))
+                torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+    assert compared >= 8
 
 
-def test_the_coupled_rule_yields_plain_decoding_with_graphs_and_without():
+def test_plain_decoding_draws_the_same_tokens():
+    for prompts in (PROMPTS, RAGGED):
+        options = {"seed": 5, "temperature": 1.3, "eos": 3}
+        expected = eager(generate, TARGET, prompts, 40, **options)
+        assert generate(TARGET, prompts, 40, **options) == expected
+
+
+@with_or_without
+def test_every_budget(make):
+    """Also none, and those that end with the first round or the second."""
+    for budget in range(7):
+        expected = eager(generate, TARGET, RAGGED, budget, temperature=0)
+        result = generate(TARGET, RAGGED, budget, drafter=make(), k=3, temperature=0)
+        assert result.tokens == expected.tokens
+        assert result.stats.emitted == 4 * budget
+
+
+@with_or_without
+def test_several_end_tokens(make):
+    plain = eager(generate, TARGET, RAGGED, 30, temperature=0).tokens
+    for eos in ([2, 5, 6], 4):
+        options = {"k": 2, "temperature": 0, "eos": eos}
+        result = generate(TARGET, RAGGED, 30, drafter=make(), **options)
+        assert result.tokens == cut_at([4] if eos == 4 else eos, plain)
+        assert result.stats.emitted == sum(map(len, result.tokens))
+
+
+@with_or_without
+def test_the_coupled_rule_yields_plain_decoding_with_graphs_and_without(make):
     options = {"rule": "coupled", "seed": 3}
-    expected = eager(TARGET, PROMPTS, 30, **options).tokens
-    for drafter in (None, *(make() for make in ALL)):
-        every = list(rounds(TARGET, PROMPTS, 30, drafter=drafter, k=2, **options))  # they stay what they are while others follow
-        texts = [sum((r.tokens[b, : r.n_new[b]].tolist() for r in every), []) for b in range(3)]
-        assert texts == expected
+    expected = eager(generate, TARGET, PROMPTS, 30, **options).tokens
+    assert eager(generate, TARGET, PROMPTS, 30, drafter=make(), k=2, **options).tokens == expected
+    # They stay what they are while others follow.
+    every = list(rounds(TARGET, PROMPTS, 30, drafter=make(), k=2, **options))
+    texts = [sum((r.tokens[b, : r.n_new[b]].tolist() for r in every), []) for b in range(3)]
+    assert texts == expected and GRAPHS[0].replays == len(every) - 2
 
 
-class Schedule(FixedK):
-    """k by a list, as `AutoK` might choose it, with stretches of plain decoding."""
-
-    def __init__(self):
-        super().__init__(3)
-        self.ks = iter([3, 3, 3, *[0] * 9, 3, 3, 0, 3] + [1] * 50)
-
-    def choose(self, room):
-        return next(self.ks)
-
-
-@pytest.mark.parametrize("make", ALL)
-def test_every_k_has_a_graph_of_its_own(make):
-    """After plain rounds, of which a graph of guesses would know nothing, the drafter reads what it has missed."""
-    options = {"rule": "coupled", "seed": 3}
-    expected = eager(TARGET, PROMPTS, 40, **options)
-    result, other = (run(TARGET, PROMPTS, 40, drafter=make(), k=Schedule(), **options) for run in (generate, eager))
-    assert result.tokens == expected.tokens
-    assert 2 <= len([graph for graph in GRAPHS if graph.replays])
-    if make is DRAFTERS["always_right"]:
-        assert result.stats.acceptance_rate == 1
-    assert result.stats.acceptance_rate == pytest.approx(other.stats.acceptance_rate, abs=0.1)  # it knows all that it should
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("prompts", [PROMPTS, RAGGED], ids=["batch", "ragged"])
+def test_a_graph_reads_all_that_the_draft_may_lack(k, temperature, prompts):
+    drafter = ModelDrafter(TARGET)
+    s = generate(TARGET, prompts, 40, drafter=drafter, k=k, temperature=temperature, seed=0).stats
+    assert s.acceptance_rate == 1
+    assert s.rounds == len(prompts) * 40 // (k + 1)
 
 
-def test_a_graph_reads_all_that_the_draft_may_lack():
-    result = generate(TARGET, PROMPTS, 40, drafter=ModelDrafter(TARGET), k=1, seed=0)
-    assert result.stats.acceptance_rate == 1
+@with_or_without
+def test_a_drafter_may_be_in_another_generation_meanwhile(make):
+    """Each graph writes to memory that is for its own text alone, and that stays.
+
+    Two generations in turns on one drafter; then a third, while the first is not finished.
+    """
+    drafter = make()
+    prompts = PROMPTS, [[2, 2], [1]], RAGGED
+    expected = [eager(generate, TARGET, p, 30, temperature=0).tokens for p in prompts]
+    texts = [[[] for _ in p] for p in prompts]
+
+    def go_on(i, n=100):
+        for _, r in zip(range(n), running[i]):
+            for text, tokens, m in zip(texts[i], r.tokens.tolist(), r.n_new.tolist()):
+                text += tokens[:m]
+
+    options = {"drafter": drafter, "k": 2, "temperature": 0}
+    running = [rounds(TARGET, p, 30, **options) for p in prompts]
+    for _ in range(5):
+        go_on(0, 1)
+        go_on(1, 1)
+    go_on(2)
+    go_on(0, 2)
+    # All that the graphs do not use themselves may be given back, and written to by others.
+    litter = [torch.full((n,), 1e9) for n in range(1, 3000, 7) for _ in range(2)]
+    go_on(1)
+    go_on(0)
+    assert texts == expected and len(GRAPHS) == 3 and len(litter) > 0
 
 
-def test_what_follows_from_results_is_no_graph():
-    for drafter in (heads_drafter(times=[1, 1.1, 1.2, 1.5]), TreeDrafter(ModelDrafter(DRAFT), (2, 1))):
-        generate(TARGET, PROMPTS, 10, drafter=drafter, k=3, seed=0)
+# -- what is replayed, and what is not
+
+
+UNKNOWN = {
+    "confident_heads": lambda: confident_heads([1, 1.1, 1.2, 1.5]),
+    "tree": lambda: TreeDrafter(ModelDrafter(DRAFT), (2, 1)),
+    "of_ones_own": lambda: NoisyDrafter(DRAFT, 0.5),
+    "another_of_ones_own": lambda: Sometimes(ModelDrafter(DRAFT), [1, 0, 2]),
+}
+
+
+@pytest.mark.parametrize("make", UNKNOWN.values(), ids=UNKNOWN)
+def test_a_drafter_that_may_look_at_results_is_not_replayed(make):
+    result = generate(TARGET, PROMPTS, 20, drafter=make(), k=3, temperature=0)
+    assert result.tokens == eager(generate, TARGET, PROMPTS, 20, temperature=0).tokens
+    assert not GRAPHS
+    if "tree" not in str(type(make())).lower():
+        generate(TARGET, PROMPTS, 20, drafter=make(), k=3, rule="coupled")
+        assert not GRAPHS
+
+
+def test_a_rule_of_ones_own_is_not_replayed():
+    def own(*args):
+        n_accepted, token = verify(*args)
+        assert n_accepted.tolist() and (token >= 0).all()  # it looks
+        return n_accepted, token
+
+    for rule in (own, accept_typical_lossy):
+        for drafter in (ModelDrafter(DRAFT), NGramDrafter()):
+            options = {"drafter": drafter, "k": 3, "rule": rule, "temperature": 0}
+            result = generate(TARGET, PROMPTS, 20, **options)
+            assert result.tokens == eager(generate, TARGET, PROMPTS, 20, temperature=0).tokens
     assert not GRAPHS
 
 
-@pytest.mark.parametrize("drafter", [None, ModelDrafter(DRAFT)], ids=["plain", "model"])
-def test_to_record_is_not_part_of_a_round(drafter, monkeypatch):
-    class Slow(Recording):
-        def __enter__(self):
-            time.sleep(0.5)
-            return super().__enter__()
-
-    monkeypatch.setattr(torch.cuda, "graph", Slow)
-    times = [sum(r.seconds.values()) for r in rounds(TARGET, PROMPTS, 10, drafter, 2, seed=0)]
-    assert len(GRAPHS) == 1 and max(times) < 0.5
+def test_a_rule_of_ours_is_replayed_by_name_or_as_a_function():
+    for rule in ("rejection", verify):
+        generate(TARGET, PROMPTS, 20, drafter=ModelDrafter(DRAFT), rule=rule, seed=0)
+    assert [graph.replays > 2 for graph in GRAPHS] == [True, True]
 
 
-@pytest.mark.parametrize("look", [lambda x: int(x.sum()), lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: bool(x.any())])
+@any_drafter
+def test_auto_is_four_guesses(make):
+    """A graph has one shape."""
+    every = list(rounds(TARGET, PROMPTS, 20, drafter=make(), k="auto", temperature=0))
+    assert {r.guesses.shape[1] for r in every[1:]} == {4}
+    assert len(GRAPHS) == 1 and GRAPHS[0].replays == len(every) - 2
+    texts = [sum((r.tokens[b, : r.n_new[b]].tolist() for r in every), []) for b in range(3)]
+    assert texts == eager(generate, TARGET, PROMPTS, 20, temperature=0).tokens
+
+
+def test_another_device_than_the_current_one_has_no_graphs(monkeypatch):
+    monkeypatch.undo()
+    assert generate(TARGET, PROMPTS, 5, seed=0).stats.emitted == 15
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    devices = torch.device("cuda", 1), torch.device("cuda", 0), torch.device("cpu")
+    assert [specdec.has_graphs(device) for device in devices] == [True, False, False]
+
+
+# -- what a graph must not do
+
+
+LOOKING = {
+    "int": lambda x: int(x.sum()),
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "bool": lambda x: bool(x.any()),
+}
+
+
+@pytest.mark.parametrize("look", LOOKING.values(), ids=LOOKING)
 def test_a_round_that_looks_at_its_results_is_refused(look, monkeypatch):
-    monkeypatch.setattr(specdec, "leading", lambda kept: look(kept) and None or kept.cumprod(-1).sum(-1))
+    bernoulli = specdec.bernoulli
+
+    def looking(probs, generator=None):
+        coins = bernoulli(probs, generator)
+        look(coins)
+        return coins
+
+    monkeypatch.setattr(specdec, "bernoulli", looking)
     with pytest.raises(AssertionError, match="host looks"):
-        generate(TARGET, PROMPTS, 10, drafter=ModelDrafter(DRAFT))
+        generate(TARGET, PROMPTS, 10, drafter=ModelDrafter(DRAFT), k=2)
 
 
-def test_coins_of_an_unknown_generator_are_refused(monkeypatch):
+def test_a_round_that_copies_from_the_host_is_refused(monkeypatch):
+    bernoulli = specdec.bernoulli
+
+    def copying(probs, generator=None):
+        return bernoulli(probs * torch.tensor(1.0), generator)
+
+    monkeypatch.setattr(specdec, "bernoulli", copying)
+    with pytest.raises(AssertionError, match="copied from the host"):
+        generate(TARGET, PROMPTS, 10, drafter=ModelDrafter(DRAFT), k=2)
+
+
+@with_or_without
+def test_coins_of_an_unknown_generator_are_refused(make, monkeypatch):
     monkeypatch.setattr(Graph, "register_generator_state", lambda *_: None)
     with pytest.raises(AssertionError, match="does not know"):
-        generate(TARGET, PROMPTS, 10, drafter=ModelDrafter(DRAFT))
+        generate(TARGET, PROMPTS, 10, drafter=make(), k=2)
 
 
-def test_timed_passes_are_replays():
-    times = pass_times(TARGET, 2, 9, 4)
-    assert len(times) == 5 and min(times) > 0
-    assert len([graph for graph in GRAPHS if graph.replays > 30]) == 3
+# -- the distribution
 
 
-def test_the_exact_law_with_fixed_shapes(monkeypatch):
-    """The same operations as in a graph, but with every outcome tried: that needs a host that looks."""
-    monkeypatch.setattr(specdec, "capture", lambda call, generator=None: lambda: (*call(), 0.0))
+def test_the_exact_distribution_with_fixed_shapes(monkeypatch):
+    """The operations of a graph, but with every outcome tried: that needs a host that looks."""
+    monkeypatch.setattr(specdec, "capture", lambda call, generator=None: call)
     test_law.test_with_an_eos(2, 2, 4)
-    after = torch.tensor([[[0.7, 0.3], [1.0, 0.0]], [[0.4, 0.6], [1.0, 0.0]]])  # laws after token 0 and after 1, of target and draft
-    target, draft = (test_law.TableModel(law.expand(8, 2, 2)) for law in after)
-    test_law.assert_same_law(target, draft, [[0], [1]], 3, 1)
-
-
-def test_moments_of_a_gpu(monkeypatch):
-    """Events of CUDA, which count in milliseconds and must be waited for."""
-    clock = [1000.0, 1250.0]
-
-    class Event:
-        def __init__(self, enable_timing, external):
-            assert enable_timing and external
-
-        def record(self):
-            self.time = clock.pop(0)
-
-        def synchronize(self):
-            self.reached = True
-
-        def elapsed_time(self, end):
-            assert end.reached
-            return end.time - self.time
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    start, end = now(), now()
-    assert end - start == 0.25
+    # After token 0 and after token 1, of target and draft.
+    after = torch.tensor([[[0.7, 0.3], [1.0, 0.0]], [[0.4, 0.6], [1.0, 0.0]]])
+    target, draft = (test_law.TableModel(probs.expand(8, 2, 2)) for probs in after)
+    test_law.assert_exact(target, draft, [[0], [1]], 3, 1)
+    test_law.assert_exact(target, draft, [[0], [1, 0, 0]], 3, 1)
+    for rule in ("block", "coupled"):
+        test_law.assert_exact(target, draft, [[0]], 3, 1, rule=rule)
+    test_law.assert_exact(target, None, [[0], [1, 0]], 3, 1)

@@ -12,9 +12,10 @@ from statistics import NormalDist
 import pytest
 import torch
 
-import specdec
 from conftest import FALSE_ALARM, N_P_VALUES, make_gpt, make_heads, wrong_rule
-from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, generate, pearson, to_probs
+from check import pearson
+from extras import accept_typical_lossy
+from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, generate, to_probs
 
 LEVEL = FALSE_ALARM / N_P_VALUES
 N, BATCH = 150_000, 7500
@@ -87,7 +88,7 @@ def test_samples_by_every_drafter_rule_and_filter_follow_the_exact_law(drafter, 
 
 
 def test_the_lossy_rule_is_caught():
-    counts, _ = sample(2, 5, N // 4, rule="lossy-typical")
+    counts, _ = sample(2, 5, N // 4, rule=accept_typical_lossy)
     _, cells, p, tv, chance = pearson(counts, exact() * (N // 4))
     assert p < 1e-9 and tv > 3 * chance
 
@@ -101,9 +102,8 @@ def test_speculation_and_plain_decoding_agree_with_each_other():
     assert torch.special.gammaincc(torch.tensor((len(plain) - 1) / 2).double(), x2 / 2) > LEVEL
 
 
-def test_a_subtly_wrong_rule_is_caught(monkeypatch):
-    monkeypatch.setitem(specdec.RULES, "wrong", wrong_rule)
-    counts, _ = sample(2, 5, N // 4, rule="wrong")
+def test_a_subtly_wrong_rule_is_caught():
+    counts, _ = sample(2, 5, N // 4, rule=wrong_rule)
     _, cells, p, tv, chance = pearson(counts, exact() * (N // 4))
     assert p < 1e-9 and tv > 3 * chance
 

@@ -1,11 +1,12 @@
-"""The pair in checkpoints/: its size, that draft and target fit, and the law of what they write together."""
+"""The pair in checkpoints/: its size, that draft and target fit, and what they write together."""
 
 import pytest
 import torch
 
+from check import check
 from conftest import FALSE_ALARM, N_P_VALUES, wrong_rule
-from model import load_heads
-from specdec import CHECKPOINTS, RULES, HeadsDrafter, ModelDrafter, check, generate, load_pair
+from model import CHECKPOINTS, load_heads, load_pair
+from specdec import HeadsDrafter, ModelDrafter, generate
 
 PROMPT = "class Stack:\n    def __init__(self):\n"
 
@@ -18,29 +19,36 @@ def pair():
 def test_sizes(pair):
     large, tiny = (sum(p.numel() for p in model.parameters()) for model in pair[:2])
     assert 14e6 < large < 16e6 and 0.3e6 < tiny < 0.5e6
-    assert sum(file.stat().st_size for file in CHECKPOINTS.iterdir() if file.name != "partial.pt") < 20e6
+    files = [file for file in CHECKPOINTS.iterdir() if file.name != "partial.pt"]
+    assert sum(file.stat().st_size for file in files) < 20e6
 
 
 @pytest.mark.parametrize("temperature, floor", [(0, 0.65), (1, 0.58)])
 def test_the_draft_is_good(pair, temperature, floor):
-    """A floor under alpha, .75 and .63 here: a draft that is broken, or distilled from another target (.51 at temperature 1), stays
-    right and gets slow."""
+    """A floor under alpha, which is .75 and .63 here.
+
+    A draft that is broken, or distilled from another target (.51 at temperature 1), stays right and
+    gets slow.
+    """
     target, draft, encoding = pair
     prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1)
-    stats = generate(target, prompt, 60, drafter=ModelDrafter(draft), k=4, temperature=temperature, seed=0).stats
-    assert stats.expected_acceptance_rate > floor
+    options = {"drafter": ModelDrafter(draft), "k": 4, "temperature": temperature, "seed": 0}
+    assert generate(target, prompt, 60, **options).stats.expected_acceptance_rate > floor
 
 
-def test_the_heads_are_good_and_better_when_told(pair):
-    """Acceptance at temperature 1: .75 here for the heads that know the token just guessed, .33 for the blind ones."""
+def test_the_heads_are_good_and_better_when_they_see(pair):
+    """Acceptance at temperature 1: .75 for heads that see the token just guessed, .33 for blind."""
     target, _, encoding = pair
-    prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1)
-    told, blind = (generate(target, prompt, 60, drafter=HeadsDrafter(heads), k=4, seed=0).stats.expected_acceptance_rate for heads in load_heads(CHECKPOINTS / "heads.pt", target))
-    assert told > 0.73 and told > blind + 0.3
+    prompt, alpha = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1), []
+    for heads in load_heads(CHECKPOINTS / "heads.pt", target):
+        stats = generate(target, prompt, 60, drafter=HeadsDrafter(heads), k=4, seed=0).stats
+        alpha.append(stats.expected_acceptance_rate)
+    seeing, blind = alpha
+    assert seeing > 0.73 and seeing > blind + 0.3
 
 
 def test_greedy_text_is_the_targets(pair):
-    """In float32 a near tie may fall either way; up to the first difference, if any, the text is the same."""
+    """In float32 a near tie may fall either way; up to the first difference it is the same text."""
     target, draft, encoding = pair
     prompt = torch.tensor(encoding.encode_ordinary(PROMPT))
     plain = generate(target, prompt, 80, temperature=0).tokens[0]
@@ -51,22 +59,19 @@ def test_greedy_text_is_the_targets(pair):
         assert abs(logits[plain[same]] - logits[ours[same]]) < 1e-3
 
 
-def rows(draft, k):
-    return {"plain decoding": (None, 1, "rejection"), "draft model": (ModelDrafter(draft), k, "rejection")}
-
-
-def test_samples_follow_the_targets_own_law(pair, capsys):
-    """--check with fewer samples: the first two tokens' joint law, for both ways of decoding."""
+def test_samples_follow_the_targets_own_distribution(pair, capsys):
+    """check.py with fewer samples: two tokens' joint distribution, for both ways of decoding."""
     target, draft, encoding = pair
     prompt = torch.tensor(encoding.encode_ordinary("    return self."))
-    assert check(target, rows(draft, 2), encoding, prompt, seed=1, n_samples=2000, level=FALSE_ALARM / N_P_VALUES)
-    assert "both follow the target's law" in capsys.readouterr().out
+    decoders = {"plain": (None, 1, "rejection"), "draft": (ModelDrafter(draft), 2, "rejection")}
+    level = FALSE_ALARM / N_P_VALUES
+    assert check(target, decoders, encoding, prompt, seed=1, n=2000, level=level)
+    assert "plain and draft: both follow the target's distribution" in capsys.readouterr().out
 
 
-def test_check_tells_a_wrong_rule(pair, capsys, monkeypatch):
+def test_check_finds_a_wrong_rule(pair, capsys):
     target, draft, encoding = pair
-    monkeypatch.setitem(RULES, "rejection", wrong_rule)
     prompt = torch.tensor(encoding.encode_ordinary("import "))
-    only = {"draft model": rows(draft, 2)["draft model"]}
-    assert not check(target, only, encoding, prompt, seed=1, n_samples=2000)
-    assert "MISMATCH" in capsys.readouterr().out
+    decoders = {"draft": (ModelDrafter(draft), 2, wrong_rule)}
+    assert not check(target, decoders, encoding, prompt, seed=1, n=2000)
+    assert "MISMATCH: draft does not follow" in capsys.readouterr().out

@@ -2,7 +2,8 @@
 
 import pytest
 
-from specdec import best_k, expected_speed_up, expected_tokens
+from bench import best_k, expected_speed_up
+from specdec import expected_tokens
 
 
 @pytest.mark.parametrize("alpha, k, speed", [(0.6, 2, 1.96), (0.7, 3, 2.53), (0.8, 2, 2.44), (0.8, 5, 3.69), (0.9, 2, 2.71), (0.9, 10, 6.86)])

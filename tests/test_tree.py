@@ -1,4 +1,7 @@
-"""Token trees: the mask, the cache, the rule. (tests/test_law.py has their law inside the loop.)"""
+"""Token trees: the mask, the cache, the rule.
+
+(tests/test_law.py has their distribution inside the loop.)
+"""
 
 import pytest
 import torch
@@ -8,12 +11,15 @@ from hypothesis import strategies as st
 import specdec
 from conftest import fresh_logits, heads_logits, make_gpt, make_heads
 from enumerator import outcomes
-from specdec import HeadsDrafter, ModelDrafter, TreeDrafter, ancestors, generate, rounds, verify_tree
+from kvcache import TreeView
+from specdec import (
+    HeadsDrafter, ModelDrafter, Rows, TreeDrafter, ancestors, generate, levels, rounds, verify_tree,
+)  # fmt: skip
 from test_kvcache import poison
-from test_verify import law_of
 
 TARGET, DRAFT = make_gpt(1), make_gpt(2, n_layer=1, n_embd=4)
 PROMPTS = torch.tensor([[3, 1, 4], [0, 2, 6], [5, 5, 5]])
+two_lengths = st.lists(st.integers(1, 6), min_size=2, max_size=2)
 shapes = st.lists(st.integers(1, 3), min_size=1, max_size=4).map(tuple)
 
 
@@ -23,7 +29,22 @@ def test_ancestors_by_hand():
     assert [row.nonzero()[:, 0].tolist() for row in ancestors((2, 2), "cpu")] == paths
 
 
-@given(shapes, st.lists(st.integers(0, 6), min_size=3, max_size=3), st.randoms(use_true_random=False))
+def test_levels_by_hand():
+    """Widths 2,3: from node 0 on, nodes 1 and 2; from node 1 on, nodes 3 to 8."""
+    assert list(levels((2, 3))) == [(0, 1, 3, 2), (1, 3, 9, 3)]
+
+
+def test_a_tree_that_is_kept_for_the_next_call_is_an_ordinary_tensor():
+    ancestors.cache_clear()
+    with torch.inference_mode():
+        tree = ancestors((2, 3), "cpu")
+    assert ancestors((2, 3), "cpu") is tree and not tree.is_inference()
+
+
+three_lengths = st.lists(st.integers(0, 6), min_size=3, max_size=3)
+
+
+@given(shapes, three_lengths, st.randoms(use_true_random=False))
 def test_a_tree_pass_equals_a_chain_pass_for_every_path(widths, undone, random):
     """In a ragged batch, with NaN in every slot that nobody should read."""
     tree = ancestors(widths, "cpu")
@@ -35,37 +56,67 @@ def test_a_tree_pass_equals_a_chain_pass_for_every_path(widths, undone, random):
     cache.rollback(torch.tensor([len(text) for text in texts]))
     poison(cache)
     nodes = torch.tensor([[random.randrange(7) for _ in range(N)] for _ in range(3)])
-    logits, _ = TARGET(nodes, cache, tree)
+    logits, _ = TARGET(nodes, TreeView(cache, tree))
     for b in range(3):
         for node in {0, N - 1, random.randrange(N), random.randrange(N)}:
             chain = torch.tensor(texts[b] + nodes[b, tree[node]].tolist())
-            torch.testing.assert_close(logits[b, node], fresh_logits(TARGET, chain)[-1], rtol=0, atol=1e-12)
+            expected = fresh_logits(TARGET, chain)[-1]
+            torch.testing.assert_close(logits[b, node], expected, rtol=0, atol=1e-12)
 
 
-@given(shapes, st.randoms(use_true_random=False))
-def test_after_compaction_the_cache_is_that_of_a_fresh_forward(widths, random):
-    """mutants.py I4: the accepted nodes are scattered among the rejected ones, and each row has its own."""
+@given(shapes, two_lengths, st.randoms(use_true_random=False))
+def test_after_compaction_the_cache_is_that_of_a_fresh_forward(widths, lengths, random):
+    """mutants.py I4: the accepted nodes lie among the rejected ones, and each row has its own."""
     tree = ancestors(widths, "cpu")
     cache = TARGET.new_cache(2, 160)
-    texts = [[random.randrange(7) for _ in range(5)] for _ in range(2)]
+    texts = [[random.randrange(7) for _ in range(6)] for _ in range(2)]
     TARGET(torch.tensor(texts), cache)
+    texts = [text[:n] for text, n in zip(texts, lengths)]
+    cache.rollback(torch.tensor(lengths))
     nodes = torch.tensor([[random.randrange(7) for _ in range(len(tree))] for _ in range(2)])
-    TARGET(nodes, cache, tree)
-    leaves = [random.randrange(len(tree) - int(torch.tensor(widths).prod()), len(tree)) for _ in range(2)]
+    view = TreeView(cache, tree)
+    TARGET(nodes, view)
+    first_leaf = len(tree) - torch.tensor(widths).prod().item()
+    leaves = [random.randrange(first_leaf, len(tree)) for _ in range(2)]
     path = torch.stack([tree[leaf].nonzero()[:, 0] for leaf in leaves])
-    cache.keep(torch.tensor([5, 5]), path)
+    view.keep(path)
+    assert cache.length.tolist() == [n + path.shape[1] for n in lengths]
     n = [random.randrange(1, path.shape[1] + 1) for _ in range(2)]  # rows accept different depths
-    cache.rollback(5 + torch.tensor(n))
+    cache.rollback(torch.tensor(lengths) + torch.tensor(n))
     poison(cache)
     new = torch.randint(7, (2, 3))
     logits, _ = TARGET(new, cache)
     for b in range(2):
         text = torch.cat((torch.tensor(texts[b]), nodes[b, path[b, : n[b]]], new[b]))
-        torch.testing.assert_close(logits[b], fresh_logits(TARGET, text)[-3:], rtol=0, atol=1e-12)
+        expected = fresh_logits(TARGET, text)[-3:]
+        torch.testing.assert_close(logits[b], expected, rtol=0, atol=1e-12)
+
+
+@given(shapes, two_lengths, st.randoms(use_true_random=False))
+def test_a_tree_read_level_by_level_is_the_tree_read_at_once(widths, lengths, random):
+    """As a drafter reads it: each time the new nodes are the last of those in the cache."""
+    tree = ancestors(widths, "cpu")
+    nodes = torch.tensor([[random.randrange(7) for _ in range(len(tree))] for _ in range(2)])
+    text = torch.randint(7, (2, 6))
+    whole, parts = TARGET.new_cache(2, 160), TARGET.new_cache(2, 160)
+    for cache in (whole, parts):
+        TARGET(text, cache)
+        cache.rollback(torch.tensor(lengths))
+    poison(parts)
+    expected, _ = TARGET(nodes, TreeView(whole, tree))
+    logits = [TARGET(nodes[:, :1], parts)[0]]
+    for _, first, end, _ in levels(widths):
+        view = TreeView(parts, tree[first:end, 1:end])  # the root counts as text
+        logits.append(TARGET(nodes[:, first:end], view)[0])
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-12)
 
 
 def drafters():
-    return {"model": ModelDrafter(DRAFT), "target": ModelDrafter(TARGET), "heads": HeadsDrafter(make_heads(0, 7, 16))}
+    return {
+        "model": ModelDrafter(DRAFT),
+        "target": ModelDrafter(TARGET),
+        "heads": HeadsDrafter(make_heads(0, 7, 16)),
+    }
 
 
 @pytest.mark.parametrize("drafter", drafters())
@@ -75,103 +126,152 @@ def test_greedy_text_is_the_targets(drafter, widths, top):
     """For every budget around the depth, and beyond it; more children than tokens are no harm."""
     drafter = TreeDrafter(drafters()[drafter], widths, top)
     for n in (*range(6), 30):
-        assert generate(TARGET, PROMPTS, n, drafter=drafter, temperature=0).tokens == generate(TARGET, PROMPTS, n, temperature=0).tokens
+        expected = generate(TARGET, PROMPTS, n, temperature=0).tokens
+        assert generate(TARGET, PROMPTS, n, drafter=drafter, temperature=0).tokens == expected
 
 
 @pytest.mark.parametrize("widths", [(1, 1, 1), (2, 2), (3, 1, 2)])
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_draft_that_is_the_target_is_always_right(widths, temperature):
-    s = generate(TARGET, PROMPTS, 36, drafter=TreeDrafter(ModelDrafter(TARGET), widths), temperature=temperature, seed=1).stats
+    drafter = TreeDrafter(ModelDrafter(TARGET), widths)
+    s = generate(TARGET, PROMPTS, 36, drafter=drafter, temperature=temperature, seed=1).stats
     assert s.accepted == s.evaluated == s.drafted and s.rounds == 3 * 36 // (len(widths) + 1)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_after_every_round_both_caches_are_those_of_a_fresh_forward(monkeypatch, temperature):
-    made = []
-    monkeypatch.setattr(TARGET, "new_cache", lambda *args: made.append(type(TARGET).new_cache(TARGET, *args)) or made[-1])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_after_every_round_both_caches_are_those_of_a_fresh_forward(
+    monkeypatch, temperature, ragged
+):
+    """The draft keeps what it has read of the accepted path: all but the last level of the tree."""
+    made, new_cache = [], type(TARGET).new_cache
+
+    def remember(*args):
+        made.append(new_cache(TARGET, *args))
+        return made[-1]
+
+    monkeypatch.setattr(TARGET, "new_cache", remember)
     drafter = TreeDrafter(ModelDrafter(DRAFT), (3, 2, 2), top=temperature == 0)
-    texts, depths = PROMPTS.tolist(), set()
-    for r in rounds(TARGET, PROMPTS, 30, drafter, temperature=temperature, seed=2):
+    texts, depths, kept = PROMPTS.tolist(), set(), set()
+    if ragged:
+        texts[1:] = [[0], [5, 5, 5, 1, 2]]
+    prompts = [list(text) for text in texts]
+    for r in rounds(TARGET, prompts, 30, drafter, temperature=temperature, seed=2):
         depths.update(r.n_accepted.tolist())
+        depth = r.guesses.shape[1]
         for b, (tokens, n) in enumerate(zip(r.tokens.tolist(), r.n_new.tolist())):
-            assert r.size == 1 or n == 0 or drafter.drafter.cache.length[b] == len(texts[b])  # all but the path just accepted, which is read again
+            read = len(texts[b]) + depth - 1
             texts[b] += tokens[:n]
             assert made[0].length[b] == len(texts[b]) - 1
+            assert drafter.drafter.cache.length[b] == min(len(texts[b]) - 1, read)
+            kept.add(len(texts[b]) - drafter.drafter.cache.length[b].item())
             for model, cache in ((TARGET, made[0]), (DRAFT, drafter.drafter.cache)):
                 S = cache.length[b].item()
-                fresh = model.new_cache(1) if model is DRAFT else type(TARGET).new_cache(TARGET, 1)
+                fresh = new_cache(model, 1)
                 model(torch.tensor([texts[b][:S]]), fresh)
-                torch.testing.assert_close(cache._kv[:, :, b, :, :S], fresh._kv[:, :, 0, :, :S], rtol=0, atol=1e-10)
+                ours, theirs = cache.kv[:, :, b, :, :S], fresh.kv[:, :, 0, :, :S]
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
         poison(made[0]), poison(drafter.drafter.cache)
     assert {0, 1, 2} <= depths
+    assert kept == {1, 2}  # what the draft lacks: the newest token, or one guess more
 
 
 @pytest.mark.parametrize("drafter", ["model", "heads"])
 def test_every_node_continues_its_own_parent(drafter):
-    """The law of each first child is the drafter's law after the tokens on the path to its parent. (No test of the output sees it.)"""
-    inner, text, length = drafters()[drafter], torch.randint(7, (2, 30)), torch.tensor([6, 6])
-    tree = TreeDrafter(inner, (2, 3, 2))
-    tree.check(TARGET, 40)
-    cache = TARGET.new_cache(2)
-    tree.start(text[:, :6], 80, TARGET(text[:, :5], cache)[1], cache)
-    tokens, probs = tree.propose(text, length, 3, lambda logits: logits.softmax(-1), torch.Generator().manual_seed(0))
+    """The distribution of each first child is the drafter's after the path to its parent.
+
+    No test of the output sees it.
+    """
+    inner, texts = drafters()[drafter], [[1, 2, 3, 4, 5, 6], [6, 0, 1]]
+    tree, rows = TreeDrafter(inner, (2, 3, 2)), Rows([torch.tensor(text) for text in texts], 30, 21)
+    cache = TARGET.new_cache(*rows.tokens.shape)
+    tree.start(TARGET, cache, rows, specdec.read_prompts(TARGET, cache, rows))
+    generator = torch.Generator().manual_seed(0)
+    tokens, probs = tree.propose(rows, (2, 3, 2), lambda logits: logits.softmax(-1), generator)
+    assert tokens.shape == (2, 20) and probs.shape == (2, 20, 7)
     sees = ancestors((2, 3, 2), "cpu")
-    for b in range(2):
+    for b, text in enumerate(texts):
         for node in (1, 3, 6, 9, 11, 13, 15, 17, 19):  # the first children of nodes 0 to 8
-            path = [tokens[b, i - 1].item() for i in sees[node].nonzero()[:-1, 0].tolist() if i]
+            parents = sees[node].nonzero()[:-1, 0].tolist()
+            path = [tokens[b, i - 1].item() for i in parents if i]
             if drafter == "model":
-                expected = fresh_logits(DRAFT, torch.tensor(text[b, :6].tolist() + path))[-1]
+                expected = fresh_logits(DRAFT, torch.tensor(text + path))[-1]
             else:
-                expected = heads_logits(inner.heads, TARGET, text[b, :6].tolist(), path)[-1]
-            torch.testing.assert_close(probs[b, node - 1], expected.softmax(-1), rtol=0, atol=1e-12)
+                expected = heads_logits(inner.heads, TARGET, text, path)[-1]
+            expected = expected.softmax(-1)
+            torch.testing.assert_close(probs[b, node - 1], expected, rtol=0, atol=1e-12)
 
 
-def accepted(target, draft_laws, widths):
-    """The chance that some child of the root is accepted; draft_laws: of each child, in order."""
+def distribution(weights):
+    weights = torch.tensor(weights).double()
+    return weights / weights.sum()
+
+
+def accepted(target, draft_probs, widths):
+    """The chance that some child of the root is accepted; draft_probs: of each child, in order."""
 
     def run():
-        tokens = torch.stack([specdec.categorical(law[None])[0] for law in draft_laws])[None]
-        return verify_tree(target.expand(1, 3, -1), torch.stack(draft_laws)[None], tokens, widths)[0].item()
+        tokens = torch.stack([specdec.categorical(probs[None])[0] for probs in draft_probs])[None]
+        target_probs = target.expand(1, 3, -1)
+        return verify_tree(target_probs, torch.stack(draft_probs)[None], tokens, widths)[0].item()
 
     return sum(p * n for n, p in outcomes(run))
 
 
-def test_two_children_with_and_without_replacement():
-    """Target (1, 0), draft (.5, .5): .75 with replacement, 1 without, since the second child is the other token."""
-    target, even = law_of([1, 0]), law_of([1, 1])
-    assert accepted(target, [even, even], (2,)) == pytest.approx(0.75)
+class Even:
+    """For TreeDrafter: a model to which both tokens are always alike."""
 
-    class Even(specdec.Drafter):
-        def begin(self, text, length):
-            return torch.zeros(len(text), 1, 2).double()
+    cache = None
+
+    def unread(self, rows):
+        return rows.newest()
+
+    def model(self, tokens, cache):
+        return torch.zeros(*tokens.shape, 2).double(), None
+
+
+def test_two_children_with_and_without_replacement():
+    """Target (1, 0), draft (.5, .5): .75 with replacement, 1 without.
+
+    Then the second child is the other token.
+    """
+    target, even = distribution([1, 0]), distribution([1, 1])
+    assert accepted(target, [even, even], (2,)) == pytest.approx(0.75)
+    rows, drafter = Rows([torch.tensor([0])], 1, spare=3), TreeDrafter(Even(), (2,))
 
     def run():
-        drafter = TreeDrafter(Even(), (2,))
-        tokens, probs = drafter.propose(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([1]), 1, lambda logits: logits.softmax(-1), None)
+        tokens, probs = drafter.propose(rows, (2,), lambda logits: logits.softmax(-1), None)
         assert sorted(tokens[0].tolist()) == [0, 1]
         return verify_tree(target.expand(1, 3, -1), probs, tokens, (2,))[0].item()
 
     assert sum(p * n for n, p in outcomes(run)) == pytest.approx(1)
 
 
-@given(st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any), st.permutations(range(4)), st.integers(1, 4))
+four_weights = st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any)
+
+
+@given(four_weights, st.permutations(range(4)), st.integers(1, 4))
 def test_certain_children_are_accepted_with_the_targets_own_mass(weights, order, m):
-    """Deterministic children: one of them is accepted with the probability that the target gives to all of them."""
-    target = law_of(weights)
-    laws = [torch.eye(4).double()[token] for token in order[:m]]
+    """Deterministic children.
+
+    One of them is accepted with the probability that the target gives to all of them.
+    """
+    target = distribution(weights)
+    draft_probs = torch.eye(4).double()[order[:m]][None]
 
     def run():
         tokens = torch.tensor([order[:m]])
-        n, token, path = verify_tree(target.expand(1, m + 1, -1), torch.stack(laws)[None], tokens, (m,))
+        target_probs = target.expand(1, m + 1, -1)
+        n, token, path = verify_tree(target_probs, draft_probs, tokens, (m,))
         return (n.item(), tokens[0, path[0, 1] - 1].item() if n else token.item())
 
-    law = torch.zeros(4).double()
-    kept = 0.0
+    probs = torch.zeros(4).double()
+    n_accepted = 0.0
     for (n, token), p in outcomes(run):
-        kept += n * p
-        law[token] += p
-    assert kept == pytest.approx(target[list(order[:m])].sum().item(), abs=1e-12)
-    torch.testing.assert_close(law, target, rtol=0, atol=1e-12)
+        n_accepted += n * p
+        probs[token] += p
+    assert n_accepted == pytest.approx(target[list(order[:m])].sum().item(), abs=1e-12)
+    torch.testing.assert_close(probs, target, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("widths", [(), (0,), (2, -1)])
@@ -180,7 +280,10 @@ def test_widths_must_be_positive(widths):
         TreeDrafter(ModelDrafter(DRAFT), widths)
 
 
-@pytest.mark.parametrize("options", [{"rule": "block"}, {"rule": "coupled"}, {"k": "auto"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"rule": "block"}, {"rule": "coupled"}, {"k": "auto"}, {"rule": lambda *args: None}],
+)
 def test_a_tree_has_its_own_rule_and_shape(options):
     with pytest.raises(ValueError, match="rule of its own"):
         rounds(TARGET, PROMPTS, 5, TreeDrafter(ModelDrafter(DRAFT), (2,)), **options)

@@ -1,0 +1,261 @@
+"""What bench.py and check.py share: options, who takes part, progress."""
+
+import argparse
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import operator
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from enumerator import HINT, exact_distribution, joint
+from extras import ConfidentHeadsDrafter
+from model import CHECKPOINTS, load_heads, load_pair, need, seconds_of_calls
+from specdec import RULES, HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter
+
+DRAFTERS = ("model", "ngram", "heads", "tree")
+
+def number(kind, low, high, words):
+    """A type for argparse: numbers from low to high, described in words."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+    return parse
+
+positive = number(int, 1, 2**62, "a number from 1 on")
+
+def guesses(text):
+    """A type for argparse: k."""
+    return text if text == "auto" else positive(text)
+
+def one_of(names):
+    """A type for argparse: one of the names, or FILE.py:NAME, which becomes what is called so."""
+    def parse(text):
+        file, colon, name = text.rpartition(":")
+        if not colon and text not in names:
+            words = f"there is no {text!r}: take {', '.join(names)}, or FILE.py:NAME"
+            raise argparse.ArgumentTypeError(words)
+        return own(file, name) if colon else text
+    return parse
+
+def own(file, name):
+    """A function or class from a reader's file. ArgumentTypeError: there is none."""
+    try:
+        spec = importlib.util.spec_from_file_location(f"own_{Path(file).stem}", file)
+        need(spec is not None, "it is no Python file")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        need(callable(getattr(module, name)), "it is neither a function nor a class")
+        return getattr(module, name)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise argparse.ArgumentTypeError(f"{name!r} of {file!r}: {reason}") from error
+
+def widths(text):
+    """A type for argparse: the widths of a tree."""
+    widths = [positive(width) for width in text.split(",")]
+    if sum(itertools.accumulate(widths, operator.mul)) > 1000:
+        raise argparse.ArgumentTypeError(f"{text} is a tree of more than 1000 guesses")
+    return widths
+
+def new_file(text):
+    """A type for argparse: where a file can be written."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written")
+    return path
+
+def add_options(parser):
+    """What both scripts take; out of range, it is refused before anything is loaded. -> parser"""
+    cores, add = os.cpu_count(), parser.add_argument
+    threads = number(int, 1, cores, f"between 1 and {cores}, the number of processors")
+    temperature = number(float, 0, sys.float_info.max, "a temperature, which is 0 or more")
+    top_p = number(float, sys.float_info.min, 1, "above 0 and at most 1")
+    seed = number(int, 0, 2**63 - 1, "a seed from 0 to 2^63 - 1")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="text to continue (default: some Python code)")
+    source.add_argument("--prompt-file", metavar="FILE", help="the same in a file, or - for stdin")
+    add("-k", type=guesses, metavar="K", help="guesses per round (default: 4, heads 6, ngram 10)")
+    add("--rule", type=one_of(RULES), help=f"who judges: {', '.join(RULES)}, or FILE.py:NAME")
+    add("--tree", type=widths, metavar="W,W,..", help="children per node (default: 2,1,1,1)")
+    add("--temperature", type=temperature, metavar="T", help="0 is greedy")
+    add("--top-k", type=positive, metavar="K", help="sample from the K best tokens only")
+    add("--top-p", type=top_p, metavar="P", help="from the fewest best ones that together reach P")
+    add("--seed", type=seed, default=0, help="default: 0")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by the device")
+    add("--threads", type=threads, metavar="N", help="default: one or all, as is faster")
+    add("--checkpoints", default=CHECKPOINTS, type=Path, metavar="DIR", help="of large.pt, ..")
+    return parser
+
+def prompt_of(args):
+    """The text that was given, or None. OSError, ValueError: there is none to be read."""
+    if args.prompt_file == "-":
+        return sys.stdin.read()
+    return Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
+
+def name_of(choice):
+    return getattr(choice, "__name__", str(choice))
+
+def load(args, drafters=()):
+    """-> target, draft, heads (where they are wanted, and there), encoding. drafters (): all."""
+    need(not drafters or "tree" in drafters or args.tree is None, "--tree is for --drafter tree")
+    right = "tree" not in drafters or args.k is None and args.rule in (None, "rejection")
+    need(right, "a tree has a rule and a shape of its own: leave out --rule and -k")
+    args.tree = args.tree or [2, 1, 1, 1]
+    dtype = args.dtype and getattr(torch, args.dtype)
+    target, draft, encoding = load_pair(args.checkpoints, args.device, dtype)
+    torch.set_num_threads(args.threads or best_threads(target))
+    file, wanted = args.checkpoints / "heads.pt", not drafters or "tree" in drafters
+    heads = []
+    if "heads" in drafters or wanted and file.exists():
+        heads = load_heads(file, target)
+    return target, draft, heads, encoding
+
+def best_threads(target):
+    """One, or all: whichever makes a pass faster. On a busy machine threads wait for each other."""
+    def one_pass(n):
+        torch.set_num_threads(n)
+        target(torch.zeros(1, 1, dtype=torch.int64, device=target.wte.weight.device))
+
+    calls = {n: partial(one_pass, n) for n in sorted({1, torch.get_num_threads()})}
+    times = seconds_of_calls(calls, 3)
+    return min(times, key=times.get)
+
+def contenders(args, draft, heads, greedy=False, prices=None):
+    """Those that args ask for, plain decoding first: [(name, drafter, k, rule, whether exact)].
+
+    prices: what rounds with 0, 1, 2, .. guesses cost, for heads that choose how many.
+    """
+    rule, k, who = args.rule or "rejection", args.k, args.drafter or DRAFTERS
+    rows, exact = [("plain decoding", None, 1, "rejection", True)], is_exact(rule)
+    others = () if args.rule or greedy else ("block", "coupled")  # greedy, all rules are one
+
+    def add(name, drafter, k, rule=rule):
+        rows.append((name, drafter, k, rule, exact))
+
+    if "model" in who:
+        add(f"draft model k={k or 4}", ModelDrafter(draft), k or 4)
+        for other in others:
+            add(f"draft model, {other}", ModelDrafter(draft), k or 4, other)
+        if k != "auto":
+            add("draft model, k=auto", ModelDrafter(draft), "auto")
+    if "ngram" in who:
+        add(f"n-gram k={k or 10}", NGramDrafter(), k or 10)
+    if "heads" in who and heads:
+        add(f"heads k={k or 6}", HeadsDrafter(heads[0]), k or 6)
+        for other in others[:1]:
+            add(f"heads, {other}", HeadsDrafter(heads[0]), k or 6, other)
+        add("heads, blind", HeadsDrafter(heads[1]), k or 6)
+        if prices:
+            add("heads, confident", ConfidentHeadsDrafter(heads[0], prices), len(prices) - 1)
+    if "tree" in who and rule == "rejection":
+        shape, depth = ",".join(map(str, args.tree)), len(args.tree)
+        add(f"tree {shape}, model", TreeDrafter(ModelDrafter(draft), args.tree), depth)
+        if heads:
+            add(f"tree {shape}, heads", TreeDrafter(HeadsDrafter(heads[0]), args.tree, True), depth)
+    for make in filter(callable, who):
+        add(f"{name_of(make)} k={k or 4}", build(make, draft), k or 4)
+    return rows
+
+def build(make, draft):
+    """The drafter that a reader's class or function makes. ValueError: it makes none."""
+    try:
+        inputs = inspect.signature(make).parameters.values()
+        return make(draft) if any(p.default is p.empty for p in inputs) else make()
+    except Exception as error:
+        raise ValueError(f"{name_of(make)} makes no drafter: {error}") from error
+
+def is_exact(rule):
+    """Whether a rule keeps a small distribution, as far as is known. ValueError: it is no rule."""
+    target_probs, draft_probs = [[0.7, 0.3], [0.2, 0.8], [0.4, 0.6]], [[0.5, 0.5], [0.6, 0.4]]
+    if rule in RULES:
+        return True
+    try:
+        error = exact_distribution(rule, target_probs, draft_probs) - joint(target_probs)
+    except Exception as reason:
+        need(str(reason) == HINT, f"{name_of(rule)} is no rule: {reason}")
+        return False  # it draws in a way of its own
+    return error.abs().max().item() < 1e-9
+
+def need_memory(B, target, draft, heads, rows, length):
+    """ValueError, if there is not the memory for so many rows that decode at once."""
+    cache = sum(model.new_cache(1, length).kv.nbytes for model in (target, draft, *heads[:1]))
+    most = max(16, *(k for _, _, k, _, _ in rows if k != "auto"))
+    logits = target.config.vocab_size * 8 * (length + 5 * most)  # the prompt's, and in a round
+    wanted, device, free = B * len(rows) * (cache + logits), target.wte.weight.device, math.inf
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif Path("/proc/meminfo").exists():
+        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    sizes = f"{wanted / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    need(wanted < free, f"a batch of {B} takes about {sizes}")
+
+@contextmanager
+def one_line(parser):
+    """Bad input becomes one line on stderr, and status 2."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        parser.error(f"there is no {error.filename}")
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+
+def write_whole(path, content):
+    """A JSON file that appears complete or not at all; NaN becomes null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    new = Path(f"{path}.new")
+    try:
+        new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+class Progress:
+    """On stderr: what is being measured, how much is done, and the time left. In a terminal it is
+    a line that is written anew, elsewhere one every ten seconds.
+    """
+
+    def __init__(self):
+        self.terminal, self.said = sys.stderr is not None and sys.stderr.isatty(), time.time()
+
+    def __call__(self, title, later, words, left):
+        if sys.stderr is not None and time.time() - self.said >= (0.2 if self.terminal else 10):
+            self.said, left = time.time(), max(0, left) + later
+            self.write(f"{title}: {words}; about {left:.0f} s left", "\n")
+
+    def write(self, line, end=""):
+        """In a terminal, in place of the last line."""
+        before, end = ("\r\033[K", "") if self.terminal else ("", end)
+        print(before + line, end=end, file=sys.stderr, flush=True)
+
+    def clear(self):
+        if self.terminal:
+            self.write("")
+
+def run(main):
+    """A script's main(): a closed pipe ends it quietly, a full disk with one line."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        status = main()
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: cannot write: {error.strerror}\n")
+        os._exit(1)  # without another try to write the rest
+    sys.exit(status)
