@@ -36,8 +36,7 @@ class GPTConfig:
 class Conv1D(nn.Module):
     """y = x W + b with W of shape (n_in, n_out): OpenAI's name and layout for a linear layer.
 
-    nn.Linear stores the transpose. The layout matters: for the few rows of x that a target checks
-    at once, a CPU is much faster with this one. (F.linear transposes its argument: .t() undoes it.)
+    nn.Linear stores the transpose. In this layout published weights load as they are.
     """
 
     def __init__(self, n_in, n_out, std=0.02):

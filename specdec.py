@@ -20,19 +20,18 @@ import torch
 import torch.nn.functional as F
 
 # ---- Part 1: speculative decoding ----------------------------------------------------------------
-# (Round, RULES, collect and check_arguments are in Parts 2 and 3, and do what their names say.)
+# (Round, RULES, collect, as_rows and check_arguments come later, and do what their names say.)
 
 def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (..., V) -> the distribution to draw from: same shape, sums to 1, float32 or better.
-
     In this order: divide by temperature (0: only the best token); keep the top_k best tokens; of
     these, rescaled, keep the fewest best that reach the mass top_p (Holtzman et al. 2019); rescale.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # The best logit becomes 0 first, so that a tiny temperature makes no number overflow.
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-37)
+    if temperature != 1:  # the best logit becomes 0 first, so that no number overflows
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-37)
     if top_k is not None and top_k < logits.shape[-1]:
         best, token = logits.topk(top_k)
         logits = torch.full_like(logits, -torch.inf).scatter_(-1, token, best)
@@ -189,7 +188,7 @@ def speculative_rounds(target, drafter, rows, k, rule, probs_of, generator):
     Between rounds the target's cache holds every row but for its newest token, and nothing else."""
     cache = target.new_cache(*rows.tokens.shape)
     drafter.start(target, cache, rows, read_prompts(target, cache, rows))
-    one_round = getattr(drafter, "round", speculative_round)  # some have another: see Part 3
+    one_round = getattr(drafter, "own_round", speculative_round)  # in Part 3
     while rows.room().any():
         n = min(k, rows.room().max().item())  # no more guesses than there is room for
         yield one_round(target, cache, drafter, rows, n, rule, probs_of, generator)
@@ -213,8 +212,8 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection",
     generator = torch.Generator(rows.tokens.device).manual_seed(seed)
     if drafter is None:
         return plain_rounds(target, rows, probs_of, generator)
-    if hasattr(drafter, "rounds"):  # a loop of its own: see Part 3
-        return drafter.rounds(target, rows, k, rule, probs_of, generator)
+    if hasattr(drafter, "own_rounds"):  # in Part 3
+        return drafter.own_rounds(target, rows, k, rule, probs_of, generator)
     return speculative_rounds(target, drafter, rows, k, rule, probs_of, generator)
 
 # You now know speculative decoding. The rest measures it, varies it, and shows it.
@@ -352,13 +351,13 @@ class Coupled:
     """
     def __init__(self, drafter):
         self.drafter = drafter or NoDrafter()
-    def rounds(self, target, rows, k, rule, probs_of, generator):
+    def own_rounds(self, target, rows, k, rule, probs_of, generator):
         self.probs_of, self.rows, self.start, self.ahead = probs_of, rows, rows.length.clone(), 0
         shape = rows.room().max() + 1, len(rows.length), target.config.vocab_size
         u = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
         self.log_u = u.log_().clamp_(min=-1e3)
-        if hasattr(self.drafter, "rounds"):
-            return self.drafter.rounds(target, rows, k, rule, self, generator)
+        if hasattr(self.drafter, "own_rounds"):
+            return self.drafter.own_rounds(target, rows, k, rule, self, generator)
         return speculative_rounds(target, self.drafter, rows, k, rule, self, generator)
     def __call__(self, logits):
         """A guess's logits are (B, V), one position further each time; the target's (B, n, V)."""
@@ -499,7 +498,7 @@ class TreeDrafter:
     def start(self, *args):
         self.drafter.start(*args)
     @staticmethod
-    def round(target, cache, drafter, rows, k, rule, probs_of, generator):
+    def own_round(target, cache, drafter, rows, k, rule, probs_of, generator):
         widths = drafter.widths[:k]  # near the end of the text, a shallower tree
         guesses, draft_probs = drafter.propose(rows, widths, probs_of, generator)
         # The root is the newest token; all nodes are scored in one pass.
@@ -573,7 +572,7 @@ class Replayed:
     def __init__(self, drafter):
         self.drafter = drafter or NoDrafter()
     @torch.inference_mode()
-    def rounds(self, target, rows, k, rule, probs_of, generator):
+    def own_rounds(self, target, rows, k, rule, probs_of, generator):
         drafter = copy(self.drafter)  # the graph writes to its memory: it is for this one alone
         cache = FixedKVCache(target.new_cache(*rows.tokens.shape))
         drafter.start(target, cache, rows, read_prompts(target, cache, rows))
@@ -663,24 +662,24 @@ class Parser(argparse.ArgumentParser):
 def paint(kind, word):
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         return f"\033[{COLOURS[kind]}m{word}\033[0m"
-    return {"rejected": f"[{word}]", "not judged": f"({word})"}.get(kind, word)
+    return word
 
 def tell(r, show, tree):  # one line about the first row: the guesses, and the target's verdict
     n, n_guessed, n_new = (x[0].item() for x in (r.n_accepted, r.n_guessed, r.n_new))
-    n_shown = n if tree else n_guessed  # of a tree, the accepted path
+    words, own = [show(x) for x in r.guesses[0, :n_guessed].tolist()], show(r.tokens[0, n].item())
     kinds = ["accepted"] * n + ["rejected"] + ["not judged"] * n_guessed
-    words, own = [show(x) for x in r.guesses[0, :n_shown].tolist()], show(r.tokens[0, n].item())
+    marks = {"accepted": "{}", "rejected": "[{}]", "not judged": "({})"}
+    marked = [marks[kind].format(x) for kind, x in zip(kinds, words)][: n if tree else None]
     did = f"accepts {n}, adds {paint('bonus', own)}"
     if n_new <= n:
         did = f"accepts {n_new}: the text is complete"
-    elif n < n_shown:
+    elif n < len(marked):
         did = f"accepts {n}, corrects {words[n]} to {paint('correction', own)}"
-    words = [paint(kind, word) for kind, word in zip(kinds, words)]
-    width = 50 + 9 * sum("\033" in word for word in words)  # colours take no space
-    print(f"  {' '.join(words)[: 2 * width]:{width}}{did}", flush=True)
+    while len(" ".join(marked)) > 48:
+        marked.pop()
+    print(f"  {' '.join(map(paint, kinds, marked))}{' ' * (50 - len(' '.join(marked)))}{did}")
 
-def traced(rule, show):
-    """A rule that shows the first row's coins: Leviathan et al. 2022, Algorithm 1."""
+def traced(rule, show):  # a rule that shows its coins: Leviathan et al. 2022, Algorithm 1
     def judge(target_probs, draft_probs, guesses, generator):
         u = guesses.double().uniform_(generator=generator.clone_state())  # the rule's coins-to-be
         n_accepted, token = rule(target_probs, draft_probs, guesses, generator)
@@ -690,8 +689,9 @@ def traced(rule, show):
             probs = f"{target_probs[0, i, x]:.4f} / {draft_probs[0, i, x]:.4f}"
             print(f"    {show(x):14} coin {u[0, i]:.3f} {sign} target / draft = {probs}: {verdict}")
         best = residual(target_probs, F.pad(draft_probs, (0, 0, 0, 1)))[0, n].topk(3)
-        best = ", ".join(f"{show(x.item())} {p:.3f}" for p, x in zip(*best))
-        print(f"    then one token of the residual: {best}, ..")
+        best = ", ".join(f"{show(x.item())} {p:.3f}" for p, x in zip(*best) if p > 0)
+        source = "residual" if n < len(guesses[0]) else "target"
+        print(f"    then drawn from the {source}: {best}, ..")
         return n_accepted, token
     return judge
 
@@ -713,13 +713,13 @@ def show_times(target, prompts, n, drafter, k, rule, **options):
     while not fast or now() < end:  # in turns, for two seconds; of each the median run
         plain.append(timed_run(target, prompts, n, **options))
         fast.append(timed_run(target, prompts, n, drafter=drafter, k=k, rule=rule, **options))
-    slow, expected, one = sorted(plain, key=lambda run: run[0])[len(plain) // 2]
+    slow, (wanted, p), one = sorted(plain, key=lambda run: run[0])[len(plain) // 2]
     quick, (tokens, s), many = sorted(fast, key=lambda run: run[0])[len(fast) // 2]
     print(f"\n  {'':16}tokens  passes  seconds")
-    for name, x, t in ("plain decoding", expected.stats, slow), ("speculative", s, quick):
-        print(f"  {name:16}{x.emitted:6}{x.rounds // B:8}{t / 1e3:9.3f}")
-    same = "yes" if tokens == expected.tokens else "no; same distribution: yes"
-    print(f"  {slow / quick:.2f} times as fast; same text: {same}")
+    for name, x, t, n in ("plain decoding", p, slow, one), ("speculative", s, quick, many):
+        print(f"  {name:16}{x.emitted:6}{len(n) or x.rounds // B:8}{t / 1e3:9.3f}")
+    other = "no, same distribution" if options["temperature"] else "no, a tie was rounded"
+    print(f"  {slow / quick:.2f} times as fast; same text: {'yes' if tokens == wanted else other}")
     print(f"  acceptance rate {s.acceptance_rate:.2f}: {s.accepted} of {s.evaluated} judged")
     if many:
         one, check, tau = sum(one) / len(one), sum(many) / len(many), s.emitted / B / len(many)
@@ -751,9 +751,11 @@ def main(argv=None):
     n, B, name, file = args.max_new_tokens, args.batch, args.drafter, args.prompt_file
     try:
         need(1 <= args.threads <= os.cpu_count(), f"--threads must be 1 to {os.cpu_count()} here")
-        need(min(B, n) >= 1, "--batch and --max-new-tokens must be at least 1")
+        need(1 <= B <= 256 and n >= 1, "--batch must be 1 to 256, --max-new-tokens at least 1")
         need(name == "tree" or not args.tree, "--tree is for --drafter tree")
-        need(not args.trace or args.rule == "rejection" and name != "tree", "--trace: rejection")
+        need(name != "tree" or not args.k, "the depth of a tree is in --tree: leave out -k")
+        right = not args.trace or args.rule == "rejection" and name != "tree" and B == 1
+        need(right, "--trace is for the rejection rule and one row")
         text = open({"-": 0}.get(file, file), encoding="utf-8").read() if file else args.prompt
         torch.set_num_threads(args.threads)
         dtype = args.dtype and getattr(torch, args.dtype)
@@ -773,15 +775,13 @@ def main(argv=None):
         for T in (0.0, 1.0) if args.temperature is None else (args.temperature,):
             stories[T] = rounds(target, prompts, n, drafter, k, rule, T, **filters)
     except FileNotFoundError as error:
-        parser.error(f"{error.filename} is missing; `python train_tiny.py` makes it")
-    except (MemoryError, OverflowError):
-        parser.error(f"there is no memory for a batch of {B}")
+        hint = "; `python train_tiny.py` makes it" * (error.filename != file)
+        parser.error(f"{error.filename} is missing{hint}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     sys.stdout.reconfigure(errors="replace")
     large, tiny = (sum(p.numel() for p in model.parameters()) / 1e6 for model in (target, draft))
-    dtype = str(target.h[0].mlp.c_fc.weight.dtype)[6:]
-    print(f"The target: {large:.1f} million weights, {dtype}. The draft model: {tiny:.1f} million.")
+    print(f"The target: a GPT-2 with {large:.1f} million weights. The draft: {tiny:.1f} million.")
     print(f"The prompt: {text!r}")
     for T, story in stories.items():
         print(f"\n{'Greedy' if T == 0 else f'Temperature {T:g}'}: guesses (· is a space), verdict")

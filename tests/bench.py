@@ -259,7 +259,8 @@ def sweep(target, draft, row, prompts, n, progress, **options):
     speed = 2 * block.nbytes / seconds_of_calls({"copy": lambda: other.copy_(block)}, 5)["copy"]
     words = f"{weights / 1e6:.1f} MB of weights; memory moves {speed / 1e9:.1f} GB/s"
     print(f"\nThe target has {words}. So to read them takes")
-    print(f"{1000 * weights / speed:.2f} ms: no pass is faster, unless a processor's cache holds them.")
+    floor = f"{1000 * weights / speed:.2f} ms"
+    print(f"{floor}: no pass is faster, unless a cache of the processor holds them.")
     out = {"target": ours, "draft": theirs, "bytes_per_second": speed, "by_batch_size": {}}
 
     def measure(title, prompts, k_of):
@@ -318,19 +319,17 @@ def main(argv=None):
             plan[f"temperature {T:g}" + " (greedy)" * (T == 0)] = T, prompts[:3], seconds
         if text is None and not args.sweep and "ngram" in (args.drafter or DRAFTERS):
             plan["text that repeats"] = T, prompts[3:], 4
-        for T, some, _ in plan.values():
-            rows = contenders(args, draft, heads, T == 0)
-            for prompt, (_, drafter, k, rule, _) in itertools.product(some, rows):
-                specdec.rounds(target, prompt, n, drafter, k, rule, T, **filters)  # or ValueError
-        length = n + max(map(len, texts))
+        rows, length = contenders(args, draft, heads), n + max(map(len, texts))
+        for prompt, (_, drafter, k, rule, _) in itertools.product(prompts, rows):
+            specdec.rounds(target, prompt, n, drafter, k, rule, T, **filters)  # or ValueError
         need_memory(32 if args.sweep else B, target, draft, heads, rows, length)
     dtype, rule = str(target.h[0].mlp.c_fc.weight.dtype)[6:], name_of(args.rule or "rejection")
     settings = {"prompts": len(prompts[:3]), "new tokens": n, "batch size": B, "rule": rule}
     settings |= {"device": str(device), "dtype": dtype, "threads": torch.get_num_threads()}
     words = "; ".join(f"{name}: {value}" for name, value in settings.items())
     print(textwrap.fill(words, 100) + "\n")
-    out, progress = {"settings": settings, "tables": {}}, Progress()
-    prices = seconds_of_calls(passes(target, B, length - n // 2, range(1, 10)), 3)
+    out, progress = {"settings": settings | filters, "tables": {}}, Progress()
+    prices = seconds_of_calls(passes(target, B, length - n // 2, range(1, 10)), 3) if heads else {}
     prices = [t + i * prices[1] / 10 for i, t in enumerate(prices.values())]  # a guess: a tenth
     later = sum(seconds for *_, seconds in plan.values())
     for title, (T, some, seconds) in plan.items():

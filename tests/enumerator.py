@@ -6,16 +6,13 @@ It sees every draw made by `bernoulli` and `categorical` of specdec, however the
 torch.bernoulli and torch.multinomial, and by comparing numbers of torch.rand.
 """
 
-import sys
-import sysconfig
-
 import torch
 
 import specdec
 
 HINT = (
-    "this draw cannot be replaced by all its outcomes: draw with bernoulli and categorical of "
-    "specdec, with torch.bernoulli or torch.multinomial, or compare torch.rand(..) with probabilities"
+    "this draw cannot be replaced by all its outcomes: use bernoulli and categorical of specdec, "
+    "torch.bernoulli or torch.multinomial, or compare torch.rand(..) with probabilities"
 )
 
 
@@ -64,21 +61,9 @@ def outcomes(run):
     outcome. Impossible outcomes (probability 0) are not tried.
     """
     chance = Chance()
-    places = chance.places()
     while True:
-        chance.depth, chance.weight, chance.known, chance.n_coins = 0, 1.0, {}, 0
-        Coins.chance = chance
-        before = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
-        for owner, name, replacement in places:
-            setattr(owner, name, replacement)
-        try:
+        with chance:
             result = run()
-        finally:
-            for owner, name, original in before:
-                if original is None:  # it was inherited
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, original)
         yield result, chance.weight
         while chance.script and chance.script[-1][0] + 1 == chance.script[-1][1]:
             chance.script.pop()
@@ -95,27 +80,39 @@ class Chance:
     interval where they lie.
     """
 
+    current = None
+
     def __init__(self):
         self.script = []
 
-    def places(self):
-        """[(where a way to draw has a name, that name, what takes its place)]"""
-        installed = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
-        ours = {specdec.bernoulli: self.bernoulli, specdec.categorical: self.categorical}
-        places = [
-            (torch, "rand", self.rand), (torch, "bernoulli", self.torch_bernoulli),
-            (torch, "multinomial", self.multinomial),
-            (torch.Tensor, "bernoulli", lambda probs, **kw: self.torch_bernoulli(probs, **kw)),
-            (torch.Tensor, "multinomial", lambda probs, *n, **kw: self.multinomial(probs, *n, **kw)),
-            (specdec.Coupled, "draw", lambda coupled, probs, t: self.races(probs, t)),
-        ]  # fmt: skip
-        for module in list(sys.modules.values()):
-            names = getattr(module, "__dict__", {})
-            if not str(names.get("__file__")).startswith(installed):
-                for function, replacement in ours.items():
-                    found = [name for name, value in names.items() if value is function]
-                    places += [(module, name, replacement) for name in found]
-        return places
+    def __enter__(self):
+        self.depth, self.weight, self.known, self.n_coins = 0, 1.0, {}, 0
+        Chance.current, self.before = self, []
+        for name, detour in DETOURS.items():
+            function = getattr(specdec, name)
+            try:  # in the function itself, so it does not matter how somebody imported it
+                self.replace(function, "__code__", detour.__code__)
+            except (AttributeError, ValueError):  # it is no plain function
+                self.replace(specdec, name, detour)
+        self.replace(specdec.Coupled, "draw", lambda coupled, probs, t: self.races(probs, t))
+        self.replace(torch, "rand", self.rand)
+        self.replace(torch, "bernoulli", self.torch_bernoulli)
+        self.replace(torch, "multinomial", self.multinomial)
+        self.replace(torch.Tensor, "bernoulli", lambda *a, **o: self.torch_bernoulli(*a, **o))
+        self.replace(torch.Tensor, "multinomial", lambda *a, **o: self.multinomial(*a, **o))
+
+    def replace(self, owner, name, replacement):
+        inherited = isinstance(owner, type) and name not in vars(owner)
+        original = getattr(owner, name)
+        setattr(owner, name, replacement)
+        self.before.append((owner, name, original, inherited))
+
+    def __exit__(self, *_):
+        for owner, name, original, inherited in self.before:
+            if inherited:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
 
     def choose(self, probs):
         """An index into probs, the next one that is due."""
@@ -181,13 +178,27 @@ class Chance:
         return torch.tensor(tokens, dtype=torch.int64).view(position.shape)
 
 
+def detour_bernoulli(probs, *_, **__):
+    import enumerator  # since this runs as a function of specdec.py
+
+    return enumerator.Chance.current.bernoulli(probs)
+
+
+def detour_categorical(probs, *_, **__):
+    import enumerator
+
+    return enumerator.Chance.current.categorical(probs)
+
+
+DETOURS = {"bernoulli": detour_bernoulli, "categorical": detour_categorical}
+
+
 class Coins(torch.Tensor):
     """Numbers of torch.rand that are not drawn yet: a comparison tells where they lie.
 
     An element is the number of its coin. Coins may be moved about, and multiplied once.
     """
 
-    chance = None  # of the call of run() that is in progress
     scale = None  # what they were multiplied by
     may = {
         "__get__", "__getitem__", "__len__", "view", "reshape", "flatten", "unsqueeze", "squeeze",
@@ -224,5 +235,5 @@ class Coins(torch.Tensor):
             bound = torch.where(scale > 0, bound / scale, (bound > 0).double())
         ids, bound = torch.broadcast_tensors(ids, bound)
         pairs = zip(ids.flatten().tolist(), bound.flatten().tolist())
-        yes = [b == b and self.chance.below(int(u), b) == less for u, b in pairs]
+        yes = [b == b and Chance.current.below(int(u), b) == less for u, b in pairs]
         return torch.tensor(yes, dtype=torch.bool).view(ids.shape)

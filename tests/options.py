@@ -98,7 +98,7 @@ def add_options(parser):
     add("--seed", type=seed, default=0, help="default: 0")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by the device")
-    add("--threads", type=threads, metavar="N", help="default: one or all, as is faster")
+    add("--threads", type=threads, metavar="N", help="default: 1, or all if faster")
     add("--checkpoints", default=CHECKPOINTS, type=Path, metavar="DIR", help="of large.pt, ..")
     return parser
 
@@ -127,14 +127,14 @@ def load(args, drafters=()):
     return target, draft, heads, encoding
 
 def best_threads(target):
-    """One, or all: whichever makes a pass faster. On a busy machine threads wait for each other."""
+    """One, unless all are clearly faster: on a busy machine threads wait for each other."""
     def one_pass(n):
         torch.set_num_threads(n)
         target(torch.zeros(1, 1, dtype=torch.int64, device=target.wte.weight.device))
 
-    calls = {n: partial(one_pass, n) for n in sorted({1, torch.get_num_threads()})}
-    times = seconds_of_calls(calls, 3)
-    return min(times, key=times.get)
+    most = torch.get_num_threads()
+    times = seconds_of_calls({n: partial(one_pass, n) for n in {1, most}}, 5)
+    return most if times[most] < 0.8 * times[1] else 1
 
 def contenders(args, draft, heads, greedy=False, prices=None):
     """Those that args ask for, plain decoding first: [(name, drafter, k, rule, whether exact)].

@@ -16,8 +16,8 @@ EXERCISES = (
     "to_probs", "bernoulli", "categorical", "Rows.newest", "Rows.append", "read_prompts",
     "plain_rounds", "verify", "ModelDrafter.propose", "ModelDrafter.unread", "ModelDrafter.commit",
     "speculative_round", "speculative_rounds", "expected_tokens", "verify_block",
-    "Coupled.__call__", "NGramDrafter.propose", "AutoK.propose", "AutoK.pays", "ancestors",
-    "verify_tree", "TreeDrafter.round",
+    "Coupled.__call__", "NGramDrafter.propose", "AutoK.propose", "AutoK.learn", "ancestors",
+    "verify_tree", "TreeDrafter.own_round",
 )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def test_the_starter_on_the_command_line():
     assert re.findall(NOT_DONE, one) == ["exercise verify is not done yet"]
     shown = run([script, "--help"], capture_output=True)
     assert shown.returncode == 0 and "python tests/starter.py" in shown.stdout
-    assert "TreeDrafter.round" in shown.stdout
+    assert "TreeDrafter.own_round" in shown.stdout
     for wrong in ("verfy", "--impl"):
         wrong = run([script, wrong], capture_output=True)
         assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1

@@ -1,7 +1,9 @@
-"""Proof, part 2: what is sampled through the real loop, in large numbers, against the exact law and against plain decoding.
+"""Proof, part 2: what is sampled through the real loop, in large numbers, against the exact
+distribution and against plain decoding.
 
-All p-values of the suite share one budget of false alarms, FALSE_ALARM in conftest.py. What this file would miss is stated
-too: `visible_tv` is the total variation that one test detects with 99% probability.
+All p-values of the suite share one budget of false alarms, FALSE_ALARM in conftest.py. What this
+file would miss is stated too: `visible_tv` is the total variation that one test detects with 99%
+probability.
 """
 
 import functools
@@ -12,8 +14,8 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from conftest import FALSE_ALARM, N_P_VALUES, make_gpt, make_heads, wrong_rule
 from check import pearson
+from conftest import FALSE_ALARM, N_P_VALUES, make_gpt, make_heads, wrong_rule
 from extras import accept_typical_lossy
 from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, generate, to_probs
 
@@ -25,27 +27,43 @@ PROMPT = torch.tensor([1, 0])
 
 
 def visible_tv(cells, n):
-    """The total variation seen with 99% probability, by n samples, at LEVEL (X2 noncentrality >= 4 n TV^2)."""
+    """The total variation seen with 99% probability, by n samples, at LEVEL.
+
+    The noncentrality of X2 is at least 4 n TV^2.
+    """
     df, z = cells - 1, NormalDist().inv_cdf(1 - LEVEL)
-    critical = df * (1 - 2 / (9 * df) + z * math.sqrt(2 / (9 * df))) ** 3  # Wilson and Hilferty 1931
-    noncentrality = next(x for x in itertools.count(0.0, 0.5) if df + x - 2.33 * math.sqrt(2 * (df + 2 * x)) > critical)
+    # Wilson and Hilferty 1931
+    critical = df * (1 - 2 / (9 * df) + z * math.sqrt(2 / (9 * df))) ** 3
+
+    def seen(x):
+        return df + x - 2.33 * math.sqrt(2 * (df + 2 * x)) > critical
+
+    noncentrality = next(filter(seen, itertools.count(0.0, 0.5)))
     return math.sqrt(noncentrality / (4 * n))
 
 
 def make_drafters():
     heads = make_heads(3, V, 8, n_state=8)
     return {
-        "model": ModelDrafter(DRAFT), "ngram": NGramDrafter(), "heads": HeadsDrafter(heads),
-        "tree": TreeDrafter(ModelDrafter(DRAFT), (2, 1, 2)), "tree of heads": TreeDrafter(HeadsDrafter(heads), (2, 2), top=True),
-    }  # fmt: skip
+        "model": ModelDrafter(DRAFT),
+        "ngram": NGramDrafter(),
+        "heads": HeadsDrafter(heads),
+        "tree": TreeDrafter(ModelDrafter(DRAFT), (2, 1, 2)),
+        "tree of heads": TreeDrafter(HeadsDrafter(heads), (2, 2), top=True),
+    }
 
 
 @functools.cache
 def sample(k, seed, n=N, drafter="model", **options):
-    """Counts (V ** LENGTH,) of the texts that n rows emit, and the acceptance rate. k = 0: plain decoding."""
+    """Counts (V ** LENGTH,) of the texts that n rows emit, and the acceptance rate.
+
+    k = 0: plain decoding.
+    """
     drafter, counts, alphas = make_drafters()[drafter] if k else None, 0, []
+    prompts = PROMPT.expand(BATCH, -1)
     for i in range(n // BATCH):
-        result = generate(TARGET, PROMPT.expand(BATCH, -1), LENGTH, drafter=drafter, k=k or 1, seed=1000 * seed + i, **options)
+        options |= {"drafter": drafter, "k": k or 1, "seed": 1000 * seed + i}
+        result = generate(TARGET, prompts, LENGTH, **options)
         codes = torch.tensor(result.tokens) @ V ** torch.arange(LENGTH - 1, -1, -1)
         counts = counts + torch.bincount(codes, minlength=V**LENGTH).double()
         alphas.append(result.stats.acceptance_rate)
@@ -53,9 +71,11 @@ def sample(k, seed, n=N, drafter="model", **options):
 
 
 def exact(**options):
-    """The target's joint law of LENGTH tokens, (V ** LENGTH,), from whole texts without a cache."""
+    """The target's joint distribution of LENGTH tokens, (V ** LENGTH,), from whole texts without a
+    cache."""
     texts = torch.tensor(list(itertools.product(range(V), repeat=LENGTH)))
-    logits = TARGET(torch.cat((PROMPT.expand(len(texts), -1), texts), 1)[:, :-1])[0][:, len(PROMPT) - 1 :]
+    whole = torch.cat((PROMPT.expand(len(texts), -1), texts), 1)
+    logits = TARGET(whole[:, :-1])[0][:, len(PROMPT) - 1 :]
     return to_probs(logits, **options).gather(-1, texts[..., None]).prod(1)[:, 0]
 
 
@@ -65,22 +85,25 @@ def test_what_this_file_can_see():
 
 def assert_exact(counts, n, **options):
     _, cells, p, tv, chance = pearson(counts, exact(**options) * n)
-    assert p > LEVEL, f"TV {tv:.4f}, by chance {chance:.4f}, visible from {visible_tv(cells, n):.4f}"
+    visible = visible_tv(cells, n)
+    assert p > LEVEL, f"TV {tv:.4f}, by chance {chance:.4f}, visible from {visible:.4f}"
 
 
 @pytest.mark.parametrize("k", [0, 1, 3, 4])
-def test_samples_follow_the_exact_law(k):
+def test_samples_follow_the_exact_distribution(k):
     counts, alpha = sample(k, seed=k)
     assert_exact(counts, N)
     assert k == 0 or 0.3 < alpha < 0.8  # guesses were rejected, so the residual was drawn from
 
 
 @pytest.mark.parametrize("drafter, rule, options", [
-    ("model", "rejection", {"temperature": 0.7, "top_k": 2}), ("model", "rejection", {"top_p": 0.8}), ("model", "block", {}), ("model", "coupled", {}),
-    ("ngram", "rejection", {}), ("ngram", "block", {}), ("ngram", "coupled", {}), ("heads", "rejection", {}), ("heads", "block", {}),
-    ("heads", "coupled", {}), ("tree", "rejection", {}), ("tree of heads", "rejection", {}),
+    ("model", "rejection", {"temperature": 0.7, "top_k": 2}), ("model", "rejection", {"top_p": 0.8}),
+    ("model", "block", {}), ("model", "coupled", {}), ("ngram", "rejection", {}),
+    ("ngram", "block", {}), ("ngram", "coupled", {}), ("heads", "rejection", {}),
+    ("heads", "block", {}), ("heads", "coupled", {}), ("tree", "rejection", {}),
+    ("tree of heads", "rejection", {}),
 ])  # fmt: skip
-def test_samples_by_every_drafter_rule_and_filter_follow_the_exact_law(drafter, rule, options):
+def test_samples_by_every_drafter_rule_and_filter_follow_it_too(drafter, rule, options):
     """A quarter of the samples for each: half as sharp an eye, on what test_law.py has proved."""
     counts, alpha = sample(3, 50, N // 4, drafter, rule=rule, **options)
     assert_exact(counts, N // 4, **options)
@@ -94,10 +117,11 @@ def test_the_lossy_rule_is_caught():
 
 
 def test_speculation_and_plain_decoding_agree_with_each_other():
-    """Two samples of equal size: sum (a - b)^2 / (a + b) is chi-square with one degree of freedom less than there are cells."""
-    plain, speculative = sample(0, seed=0)[0], sample(3, seed=3)[0]
+    """Two samples of equal size: sum (a - b)^2 / (a + b) is chi-square with one degree of freedom
+    less than there are cells."""
+    samples = sample(0, seed=0)[0], sample(3, seed=3)[0]
     rare = exact() * N < 10  # pooled
-    plain, speculative = (torch.cat((counts[~rare], counts[rare].sum()[None])) for counts in (plain, speculative))
+    plain, speculative = (torch.cat((x[~rare], x[rare].sum()[None])) for x in samples)
     x2 = ((plain - speculative) ** 2 / (plain + speculative).clamp(min=1)).sum()
     assert torch.special.gammaincc(torch.tensor((len(plain) - 1) / 2).double(), x2 / 2) > LEVEL
 
@@ -113,7 +137,8 @@ def test_a_subtly_wrong_rule_is_caught():
 
 def test_pearson_by_hand():
     x2, cells, p, tv, _ = pearson(torch.tensor([18.0, 32, 50]), torch.tensor([20.0, 30, 50]))
-    assert x2 == pytest.approx(0.2 + 4 / 30) and cells == 3 and p == pytest.approx(math.exp(-x2 / 2))  # df = 2
+    assert x2 == pytest.approx(0.2 + 4 / 30) and cells == 3
+    assert p == pytest.approx(math.exp(-x2 / 2))  # two degrees of freedom
     assert tv == pytest.approx(0.02)
 
 
@@ -126,11 +151,13 @@ def test_pearson_pools_rare_cells_and_condemns_impossible_ones():
     assert pearson(torch.tensor([0.0, 100]), torch.tensor([0.0, 100]))[2] == 1
 
 
-def test_p_values_are_uniform_under_the_law():
-    """2000 samples of the right law: 1% of the p-values below .01, within 5 standard errors (the seed is fixed)."""
+def test_p_values_are_uniform_under_the_right_distribution():
+    """2000 samples of it: 1% of the p-values below .01, within 5 standard errors (the seed is
+    fixed)."""
     generator = torch.Generator().manual_seed(0)
-    law = exact()
-    tokens = torch.multinomial(law.expand(2000, -1), 3000, replacement=True, generator=generator)
-    ps = [pearson(torch.bincount(row, minlength=len(law)).double(), law * 3000)[2] for row in tokens]
+    probs = exact()
+    tokens = torch.multinomial(probs.expand(2000, -1), 3000, replacement=True, generator=generator)
+    counts = [torch.bincount(row, minlength=len(probs)).double() for row in tokens]
+    ps = [pearson(row, probs * 3000)[2] for row in counts]
     share = sum(p < 0.01 for p in ps) / 2000
     assert abs(share - 0.01) < 5 * math.sqrt(0.01 * 0.99 / 2000)

@@ -5,16 +5,21 @@ import pytest
 from bench import best_k, expected_speed_up
 from specdec import expected_tokens
 
+TABLE_1 = [
+    (0.6, 2, 1.96), (0.7, 3, 2.53), (0.8, 2, 2.44), (0.8, 5, 3.69), (0.9, 2, 2.71), (0.9, 10, 6.86),
+]  # fmt: skip
 
-@pytest.mark.parametrize("alpha, k, speed", [(0.6, 2, 1.96), (0.7, 3, 2.53), (0.8, 2, 2.44), (0.8, 5, 3.69), (0.9, 2, 2.71), (0.9, 10, 6.86)])
+
+@pytest.mark.parametrize("alpha, k, speed", TABLE_1)
 def test_table_1(alpha, k, speed):
-    """Their Table 1, where a guess costs nothing: the speed-up is then the number of tokens per pass."""
-    assert round(expected_speed_up(alpha, k, 0), 2) == round(expected_tokens(alpha, k), 2) == speed
+    """Their Table 1, where a guess costs nothing: the speed-up is then the tokens per pass."""
+    assert round(expected_tokens(alpha, k), 2) == speed
     assert expected_tokens(alpha, k) == pytest.approx((1 - alpha ** (k + 1)) / (1 - alpha))
+    assert round(expected_speed_up(alpha, k, 0), 2) == speed
 
 
 def test_the_ends():
-    assert expected_tokens(0, 5) == 1 and expected_tokens(1, 5) == 6
+    assert expected_tokens(0, 5) == expected_tokens(0.7, 0) == 1 and expected_tokens(1, 5) == 6
     assert expected_speed_up(1, 5, 1) == 1  # a draft as slow as the target gains nothing
 
 
