@@ -463,7 +463,7 @@ class AutoK:
             self.credit += 0.01
         else:
             self.k += 2 if tokens > n else -1
-            gain = tokens - seconds / statistics.median(self.plain)
+            gain = tokens - seconds / max(1e-9, statistics.median(self.plain))
             self.credit = min(6.0, self.credit + max(-2.0, gain))  # one slow round is no verdict
 
 def levels(widths):
@@ -690,8 +690,7 @@ def traced(rule, show):  # a rule that shows its coins: Leviathan et al. 2022, A
             print(f"    {show(x):14} coin {u[0, i]:.3f} {sign} target / draft = {probs}: {verdict}")
         best = residual(target_probs, F.pad(draft_probs, (0, 0, 0, 1)))[0, n].topk(3)
         best = ", ".join(f"{show(x.item())} {p:.3f}" for p, x in zip(*best) if p > 0)
-        source = "residual" if n < len(guesses[0]) else "target"
-        print(f"    then drawn from the {source}: {best}, ..")
+        print(f"    then of the {'residual' if n < len(guesses[0]) else 'target'}: {best}, ..")
         return n_accepted, token
     return judge
 

@@ -15,9 +15,9 @@ SPECDEC = Path(__file__).parent.parent / "specdec.py"
 EXERCISES = (
     "to_probs", "bernoulli", "categorical", "Rows.newest", "Rows.append", "read_prompts",
     "plain_rounds", "verify", "ModelDrafter.propose", "ModelDrafter.unread", "ModelDrafter.commit",
-    "speculative_round", "speculative_rounds", "expected_tokens", "verify_block",
-    "Coupled.__call__", "NGramDrafter.propose", "AutoK.propose", "AutoK.learn", "ancestors",
-    "verify_tree", "TreeDrafter.own_round",
+    "speculative_round", "speculative_rounds", "expected_tokens", "NGramDrafter.propose",
+    "verify_block", "Coupled.__call__", "AutoK.propose", "AutoK.learn", "ancestors", "verify_tree",
+    "TreeDrafter.own_round",
 )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def test_trace_shows_the_very_coins(story, monkeypatch):
         assert (sign == "<") is (verdict == "accepted")
         if float(draft) > 0.05 and abs(float(coin) - float(target) / float(draft)) > 0.01:
             assert (float(coin) < float(target) / float(draft)) is (verdict == "accepted")
-    assert out.count("then drawn from the ") == out.count("accepts ")
+    assert out.count("then of the ") == out.count("accepts ")
     assert {"accepted", "rejected"} == {verdict for *_, verdict in lines}
 
 

@@ -1,4 +1,4 @@
-"""The exercises: every line of EXERCISES.md runs, grades what it says, and asks for nothing later."""
+"""The exercises: each line of EXERCISES.md runs, grades what it says, and needs nothing later."""
 
 import importlib.util
 import inspect
@@ -35,9 +35,10 @@ def read_exercises():
             heading, rest = section.split("\n", 1)
             functions = re.findall(r"`([\w.]+)`", heading)
             lines = re.findall(r"^    (python .+)$", rest, re.MULTILINE)
-            needs = done[kind] + functions
+            earlier = re.findall(r"Do exercise (\d+) first", rest)
+            needs = done[kind] + sum([exercises[int(n) - 1][1] for n in earlier], functions)
             exercises.append((heading.split(" (")[0], functions, needs, lines))
-            if kind != "Variations":  # each of these needs Part 1 only
+            if kind != "Variations":  # of these each needs Part 1, and what it says
                 done[kind] = needs
     return exercises
 
@@ -151,6 +152,27 @@ def test_a_line_passes_once_the_exercises_up_to_it_are_done(name, needs, line):
     few = "--hypothesis-profile=few", "-p", "test_exercises"
     status, out = with_exercises_left(line, left, *few)
     assert status == 0, out
+
+
+STEPS = ["0 * token", "(n < draft_tokens.shape[1]) * token", "token"]
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_verify_in_three_steps(step, tmp_path):
+    """Its first line needs no token, its second no bonus; and each sees what is missing still."""
+    wrapped = f"""
+complete = verify
+def verify(target_probs, draft_probs, draft_tokens, generator=None):
+    n, token = complete(target_probs, draft_probs, draft_tokens, generator)
+    return n, {STEPS[step]}
+"""
+    file = tmp_path / "my_specdec.py"
+    file.write_text(SOURCE.split("# ---- Part 4")[0] + wrapped, encoding="utf-8")
+    lines = next(lines for _, functions, _, lines in ALL if functions == ["verify"])
+    assert len(lines) == 3
+    for i, line in enumerate(lines[: step + 2]):
+        status, out = run_line(line, file, "--hypothesis-profile=few")
+        assert status == (i > step), out
 
 
 def test_the_whole_suite_runs_on_a_file():

@@ -1,5 +1,6 @@
 """What a reader was promised: short files, narrow lines, code blocks that run."""
 
+import os
 import re
 import subprocess
 import sys
@@ -75,7 +76,9 @@ def test_the_loop_in_readme_is_the_loop():
 def test_readmes_own_drafter_and_rule_run(tmp_path):
     """As a reader would run them, in a file in the project's folder. The rule is exact."""
     _, own = blocks("python")
-    result = subprocess.run([sys.executable, "-c", own], cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", own]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr
     numbers = [float(x) for x in re.findall(r"\d\.\d+", result.stdout.split("tensor")[1])]
     assert numbers == pytest.approx([0.14, 0.56, 0.06, 0.24], abs=1e-4)
