@@ -97,7 +97,8 @@ def test_samples_follow_the_exact_distribution(k):
 
 
 @pytest.mark.parametrize("drafter, rule, options", [
-    ("model", "rejection", {"temperature": 0.7, "top_k": 2}), ("model", "rejection", {"top_p": 0.8}),
+    ("model", "rejection", {"temperature": 0.7, "top_k": 2}),
+    ("model", "rejection", {"top_p": 0.8}),
     ("model", "block", {}), ("model", "coupled", {}), ("ngram", "rejection", {}),
     ("ngram", "block", {}), ("ngram", "coupled", {}), ("heads", "rejection", {}),
     ("heads", "block", {}), ("heads", "coupled", {}), ("tree", "rejection", {}),
