@@ -699,6 +699,38 @@ def test_many_slow_rounds_end_guessing_but_not_for_good(monkeypatch):
     assert guessing(played[300:]) > 0.9
 
 
+def test_auto_counts_the_row_that_has_most_to_write(monkeypatch):
+    """A batch ends with its slowest row: neither the fastest row counts, nor all rows together.
+
+    Three plain rounds of a second, then one with guesses, in which that row gets one token. So
+    fewer guesses are asked for next; and after a round in which all were accepted, more.
+    """
+    seconds, learnt, heard = iter(range(99)), [], []
+    monkeypatch.setattr(specdec, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    stub = SimpleNamespace(propose=lambda rows, n, *_: n, start=lambda *_: None)
+    stub.commit = lambda *args: heard.append(args)
+    auto = AutoK(stub)
+    auto.none, auto.last, learn = stub, None, auto.learn
+    auto.learn = lambda *args: learnt.append(args) or learn(*args)
+    asked = []
+    for room in [9, 5], [8, 4], [7, 3], [6, 2], [5, 0], [1, 0], [1, 0]:
+        rows = SimpleNamespace(room=lambda: torch.tensor(room))
+        asked.append(auto.propose(rows, 8, None, None))
+        auto.commit(rows, "hidden")
+        assert heard.pop() == (rows, "hidden")  # also of rounds without guesses
+    assert learnt == [(0, 1, 1)] * 3 + [(4, 1, 1), (3, 1, 4), (5, 1, 0)]
+    assert asked == [0, 0, 0, 4, 3, 5, 4]
+
+
+def test_auto_goes_by_what_plain_rounds_take_now():
+    auto = AutoK(None)
+    for seconds in [1.0] * 20 + [5.0] * 9:
+        auto.learn(0, seconds, 1)
+    before = auto.credit
+    auto.learn(4, 5.0, 1)
+    assert auto.credit == before
+
+
 def test_auto_in_generate(monkeypatch):
     """Passes of the target take a second, of the draft a tenth: a good draft is used, a bad is not.
 

@@ -239,3 +239,17 @@ def test_drawing_leaves_its_input_alone_and_uses_no_global_state():
         first = draw(probs, torch.Generator().manual_seed(0))
         assert torch.equal(first, draw(probs, torch.Generator().manual_seed(0)))
     assert torch.equal(probs, before) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_small_temperature_is_not_greedy():
+    probs = to_probs(torch.tensor([0.0, 1e-4]).double(), temperature=5e-4)
+    torch.testing.assert_close(probs, torch.tensor([0.0, 0.2]).double().softmax(-1))
+
+
+@pytest.mark.parametrize("draw", [bernoulli, categorical])
+def test_random_numbers_are_as_fine_as_float64(draw, monkeypatch):
+    """In float32 a chance of 1e-12 would come true at 2^-24, and rare tokens would win too rarely."""
+    asked, rand = [], torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *a, **o: asked.append(o["dtype"]) or rand(*a, **o))
+    draw(torch.full((3, 4), 0.25))
+    assert asked == [torch.float64]

@@ -287,3 +287,24 @@ def test_widths_must_be_positive(widths):
 def test_a_tree_has_its_own_rule_and_shape(options):
     with pytest.raises(ValueError, match="rule of its own"):
         rounds(TARGET, PROMPTS, 5, TreeDrafter(ModelDrafter(DRAFT), (2,)), **options)
+
+
+def test_a_round_reports_the_distributions_of_the_path_that_was_accepted():
+    """After each accepted node the target's own; of each, what it was drawn from: the draft's own,
+    perhaps without an elder sibling."""
+    texts, depths = PROMPTS.tolist(), set()
+    for r in rounds(TARGET, PROMPTS, 30, TreeDrafter(ModelDrafter(DRAFT), (2, 2)), seed=3):
+        for b, n in enumerate(r.n_accepted.tolist()):
+            if r.n_new[b] == 0:
+                continue
+            depths.add(n)
+            text = torch.tensor(texts[b] + r.tokens[b, :n].tolist())
+            target, draft = (fresh_logits(m, text)[len(texts[b]) - 1 :].softmax(-1) for m in (TARGET, DRAFT))
+            torch.testing.assert_close(r.target_probs[b, : n + 1], target, rtol=0, atol=1e-10)
+            for i in range(n):
+                ours = r.draft_probs[b, i]
+                drawn = torch.where(ours > 0, draft[i], 0)
+                assert (ours > 0).sum() >= 6 and ours[r.guesses[b, i]] > 0
+                torch.testing.assert_close(ours, drawn / drawn.sum(), rtol=0, atol=1e-10)
+            texts[b] += r.tokens[b, : r.n_new[b]].tolist()
+    assert {0, 1, 2} <= depths
