@@ -329,8 +329,10 @@ def main(argv=None):
     words = "; ".join(f"{name}: {value}" for name, value in settings.items())
     print(textwrap.fill(words, 100) + "\n")
     out, progress = {"settings": settings | filters, "tables": {}}, Progress()
-    prices = seconds_of_calls(passes(target, B, length - n // 2, range(1, 10)), 3) if heads else {}
-    prices = [t + i * prices[1] / 10 for i, t in enumerate(prices.values())]  # a guess: a tenth
+    prices = []
+    if heads:  # a straight line from two tokens on, or chance would decide; a guess: a tenth of one
+        T = seconds_of_calls(passes(target, B, length - n // 2, (1, 2, 9)), 9)
+        prices = [T[1], *(T[2] + (T[9] - T[2]) * i / 7 + (i + 1) * T[1] / 10 for i in range(8))]
     later = sum(seconds for *_, seconds in plan.values())
     for title, (T, some, seconds) in plan.items():
         rows = [Row(*row) for row in contenders(args, draft, heads, T == 0, prices)]
