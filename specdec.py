@@ -85,7 +85,7 @@ class Rows:
         n_new = torch.minimum(n, self.room())
         if self.eos is not None:
             before_eos = torch.isin(tokens, self.eos).logical_not().cumprod(1).sum(1)
-            n_new = torch.minimum(n_new, before_eos + 1)  # an end token is still added
+            n_new = torch.minimum(n_new, before_eos + 1)  # the end token is added, too
             self.end[:] = torch.where(before_eos < n_new, self.length + n_new, self.end)
         where = self.length[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         self.tokens.scatter_(1, where, tokens)  # all m, but what lies beyond length is no text
@@ -123,7 +123,7 @@ def verify(target_probs, draft_probs, draft_tokens, generator=None):
     # Accept each guess with probability min(1, target / draft), up to the first rejection.
     x = draft_tokens[..., None]
     target_x, draft_x = target_probs[:, :-1].gather(-1, x), draft_probs.gather(-1, x)
-    ratio = torch.where(draft_x > 0, target_x / draft_x, 0)[..., 0]  # (B, k); 0: no guess there
+    ratio = torch.where(draft_x > 0, target_x / draft_x, 0)[..., 0]  # (B, k); 0: none was made
     n_accepted = bernoulli(ratio.clamp(max=1), generator).cumprod(1).sum(1)
     # Then one token of the residual, max(0, target - draft). After the last guess no draft is
     # there to subtract: with zeros in its place, the bonus token is no special case.
@@ -157,7 +157,7 @@ class ModelDrafter:
     def unread(self, rows):
         """What the cache lacks: the newest token, and the last guess, if all k were accepted."""
         n = (rows.length - self.cache.length).max().item()
-        self.cache.rollback((rows.length - n).clamp(min=0))  # a row that lacks 1 may read 2
+        self.cache.rollback((rows.length - n).clamp(min=0))  # who lacks 1 reads 1 again
         return rows.newest(n)
 
     def commit(self, rows, hidden):
