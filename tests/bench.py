@@ -43,6 +43,7 @@ PROMPTS = (
     '    """Return the index of wanted in the sorted list items, or -1."""\n',
     'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n',
 )
+WHO = "model, ngram, heads, tree, or FILE.py:NAME; may be repeated (default: all)"
 TEST = "    def test_{0}(self):\n        self.assertEqual(parse('{0}'), '{0}')\n\n"
 REPEATING = "".join(map(TEST.format, ("red", "green", "blue", "black")))
 GLOSSARY = """\
@@ -297,7 +298,7 @@ def main(argv=None):
     parser = Parser(description="All drafters and rules beside plain decoding, in one table.")
     add = add_options(parser).add_argument
     add("--max-new-tokens", type=positive, metavar="N", help="default: 48")
-    add("--drafter", type=one_of(DRAFTERS), action="append", help="once or more (default: all)")
+    add("--drafter", type=one_of(DRAFTERS), action="append", help=WHO)
     add("--batch", type=positive, default=1, metavar="B", help="rows decoded at once (default: 1)")
     add("--sweep", action="store_true", help="what a pass costs; speed-up against k and batch size")
     add("--json", type=new_file, metavar="FILE", help="write all figures to a file")

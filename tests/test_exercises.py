@@ -61,6 +61,9 @@ def with_exercises_left(line, left, *more):
         return run_line(line, file, *more)
 
 
+FEW = "--hypothesis-profile=few", "-p", "test_exercises"
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """With `-p test_exercises`: one case of each test, to save time. The suite runs the others."""
@@ -139,7 +142,7 @@ def test_an_unfinished_exercise_fails_with_its_name(name, needs, line):
     """All exercises before it are done: so what is named is its own function."""
     own = next(functions for exercise, functions, *_ in ALL if exercise == name)
     left = [f for f in EXERCISES if f not in needs or f in own] if own else EXERCISES
-    status, out = with_exercises_left(line, left, "--hypothesis-profile=mutants")
+    status, out = with_exercises_left(line, left, *FEW)
     named = re.search(f"NotImplementedError: {NOT_DONE}", out)
     assert status == 1 and named, out
     assert not own or named[0].split()[2] in own, out
@@ -149,8 +152,7 @@ def test_an_unfinished_exercise_fails_with_its_name(name, needs, line):
 def test_a_line_passes_once_the_exercises_up_to_it_are_done(name, needs, line):
     """No later exercise is needed for an earlier line."""
     left = [f for f in EXERCISES if f not in needs]
-    few = "--hypothesis-profile=few", "-p", "test_exercises"
-    status, out = with_exercises_left(line, left, *few)
+    status, out = with_exercises_left(line, left, *FEW)
     assert status == 0, out
 
 
@@ -171,7 +173,7 @@ def verify(target_probs, draft_probs, draft_tokens, generator=None):
     lines = next(lines for _, functions, _, lines in ALL if functions == ["verify"])
     assert len(lines) == 3
     for i, line in enumerate(lines[: step + 2]):
-        status, out = run_line(line, file, "--hypothesis-profile=few")
+        status, out = run_line(line, file, *FEW)
         assert status == (i > step), out
 
 

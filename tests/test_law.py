@@ -79,10 +79,14 @@ def texts_of(model, prompt, n, probs_of, eos=()):
 
 
 def assert_exact(
-    target, draft, prompts, n, k, eos=None, drafter=None, rule="rejection", spare=False, **options
-):
+    target, draft, prompts, n, k, eos=None, drafter=None, rule="rejection", spare=False,
+    alone=None, **options,
+):  # fmt: skip
     """The joint distribution of n tokens in each row is the product of the rows' own, those of the
-    target alone. Returns alpha, exactly."""
+    target alone. Returns alpha, exactly.
+
+    spare: see `Sparing`. alone: a model with the target's distributions, to be read alone.
+    """
     drafter = ModelDrafter(draft) if draft else drafter
     drafter = Sparing(drafter) if spare else drafter
     prompt = torch.tensor(prompts) if len({len(p) for p in prompts}) == 1 else prompts
@@ -101,7 +105,7 @@ def assert_exact(
 
     ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     probs_of = functools.partial(to_probs, **options)
-    rows = [texts_of(target, p, n, probs_of, ends) for p in prompts]
+    rows = [texts_of(alone or target, p, n, probs_of, ends) for p in prompts]
     for texts in itertools.product(*rows):
         expected = math.prod(row[text] for row, text in zip(rows, texts))
         assert abs(got.pop(texts, 0.0) - expected) < 1e-12, texts
@@ -348,6 +352,24 @@ def test_trees_in_a_ragged_batch():
     tree = TreeDrafter(ModelDrafter(draft), (2,))
     assert_exact(target, None, [[1, 0], [0, 0]], 2, 1, drafter=tree)
     assert_exact(target, None, [[1, 0, 1], [0]], 2, 1, [1], drafter=tree)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rule", ["rejection", "block", "coupled", "tree"])
+def test_what_follows_an_impossible_token_may_be_broken(rule, broken):
+    """Nobody ever writes token 1 after token 0 at an even position, though the draft guesses it. So
+    it does not matter what the target says behind that guess, be it NaN or inf."""
+    probs = torch.tensor([[[1.0, 0.0], [0.4, 0.6]], [[0.7, 0.3], [0.2, 0.8]]])
+    target, alone = (TableModel(probs.double().repeat(4, 1, 1)) for _ in range(2))
+    draft = TableModel(torch.full((8, 2, 2), 0.5))
+    options = {"drafter": ModelDrafter(draft), "rule": rule}
+    if rule == "tree":
+        options = {"drafter": TreeDrafter(ModelDrafter(draft), (2, 1))}
+    # Token 1 at position 1: only ever a guess, if the text begins with 0 at position 0.
+    target.table[1, 1] = broken
+    assert_exact(target, None, [[0]], 3, 2, alone=alone, **options)
+    target.table[1, 1, 0] = 0.5
+    assert_exact(target, None, [[0]], 3, 2, alone=alone, **options)
 
 
 # -- k chosen by the clock

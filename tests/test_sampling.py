@@ -110,6 +110,11 @@ def test_a_tiny_temperature_is_nearly_greedy_and_not_nan():
     assert to_probs(torch.tensor([1.0, 3.0, 2.0]), top_p=1e-300).tolist() == [0, 1, 0]
 
 
+def test_a_small_temperature_is_not_greedy():
+    probs = to_probs(torch.tensor([0.0, 1e-4]).double(), temperature=5e-4)
+    torch.testing.assert_close(probs, torch.tensor([0.0, 0.2]).double().softmax(-1))
+
+
 def test_equal_tokens_up_to_the_mass_by_hand():
     """Of eight equal tokens six reach .75, and no fewer: no more than six are kept."""
     for n in range(1, 9):
@@ -241,13 +246,8 @@ def test_drawing_leaves_its_input_alone_and_uses_no_global_state():
     assert torch.equal(probs, before) and torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_small_temperature_is_not_greedy():
-    probs = to_probs(torch.tensor([0.0, 1e-4]).double(), temperature=5e-4)
-    torch.testing.assert_close(probs, torch.tensor([0.0, 0.2]).double().softmax(-1))
-
-
 @pytest.mark.parametrize("draw", [bernoulli, categorical])
-def test_random_numbers_are_as_fine_as_float64(draw, monkeypatch):
+def test_random_numbers_are_as_fine_as_float64(draw, monkeypatch, ours):
     """In float32 a chance of 1e-12 would come true at 2^-24, and rare tokens would win too rarely."""
     asked, rand = [], torch.rand
     monkeypatch.setattr(torch, "rand", lambda *a, **o: asked.append(o["dtype"]) or rand(*a, **o))
