@@ -744,7 +744,7 @@ def main(argv=None):
     add("--trace", action="store_true", help="show every coin of the rejection rule")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by the device")
-    add("--threads", type=int, default=os.cpu_count(), metavar="N", help="default: all processors")
+    add("--threads", type=int, default=1, metavar="N", help="default: 1, enough for small models")
     add("--checkpoints", metavar="DIR", default=CHECKPOINTS, help="where large.pt, tiny.pt .. are")
     args = parser.parse_args(argv)
     n, B, name, file = args.max_new_tokens, args.batch, args.drafter, args.prompt_file

@@ -245,7 +245,8 @@ def test_coupled_accepts_no_guess_that_was_not_made():
     """Where draft_probs is 0 the token means nothing, even if it is what the target draws."""
     sure = distribution([[[0, 1]] * 3])
     n_accepted, token = verify(sure, torch.zeros(1, 2, 2), torch.ones(1, 2, dtype=torch.int64))
-    assert (n_accepted.item(), token.item()) == (0, 1)
+    hint = "where draft_probs is 0 nothing was guessed: it cannot be accepted"
+    assert (n_accepted.item(), token.item()) == (0, 1), hint
 
     class Silent(NoDrafter):
         """Knows the text, and does not guess it."""
