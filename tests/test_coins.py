@@ -6,7 +6,7 @@ import torch
 
 import specdec
 from conftest import make_gpt
-from specdec import ModelDrafter, generate
+from specdec import ModelDrafter, TreeDrafter, generate
 
 TARGET, DRAFT = make_gpt(1), make_gpt(2, n_layer=1, n_embd=4)
 PROMPTS = torch.tensor([[3, 1, 4], [0, 2, 6]])
@@ -42,6 +42,13 @@ def test_no_coin_is_used_twice(draws, options, ours):
     assert len({state for state, _ in draws}) == len(draws)
     numbers = torch.cat([u.flatten().double() for _, u in draws])
     assert len(numbers) > 200 and len(numbers.unique()) > 0.999 * len(numbers)
+
+
+def test_no_coin_of_a_tree_is_used_twice(draws, ours):
+    """Siblings, their verdicts and the token after them: each draw finds the generator moved on."""
+    tree = TreeDrafter(ModelDrafter(DRAFT), (2, 2))
+    generate(TARGET, PROMPTS, 20, drafter=tree, seed=0)
+    assert len(draws) > 50 and len({state for state, _ in draws}) == len(draws)
 
 
 def test_every_draw_has_a_number_for_every_row_and_guess(draws, monkeypatch, ours):
