@@ -1,4 +1,4 @@
-"""What the tests share: small models in float64, whose laws differ enough that guesses get rejected."""
+"""What the tests share: small models in float64, which differ enough that guesses get rejected."""
 
 import importlib.util
 import os
@@ -107,7 +107,7 @@ def make_gpt(seed, vocab_size=7, block_size=48, n_layer=2, n_head=2, n_embd=8, s
 
 
 def make_heads(seed, vocab_size, n_embd, markov=True, n_state=16):
-    """Random draft heads in float64 for the targets of make_gpt (of one layer: n_state=8), with laws that differ."""
+    """Random draft heads in float64 for the targets of make_gpt (of one layer: n_state=8)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         heads = DraftHeads(vocab_size, n_state, n_embd, markov).double().requires_grad_(False)
@@ -156,7 +156,10 @@ def ours(pytestconfig):
 
 
 def wrong_rule(target_probs, draft_probs, draft_tokens, generator):
-    """mutants.py B3: the correction comes from the target's law instead of the residual. A small error, which tests must see."""
+    """mutants.py B3: the correction is drawn from the target's distribution, not from the residual.
+
+    A small error, which tests must see.
+    """
     import specdec
 
     n_accepted, _ = specdec.verify(target_probs, draft_probs, draft_tokens, generator)

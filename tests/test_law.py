@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import specdec
@@ -297,7 +297,8 @@ def test_prompts_of_different_lengths(drafter, rule):
     """Each row has the distribution that it has alone, also where one ends early."""
     target, drafter = gpts(AGREE_HALFWAY[2], 2)[0], make_drafters(2)[drafter]
     assert_exact(target, None, [[1, 0, 1], [0]], 2, 2, drafter=drafter, rule=rule, spare=True)
-    assert_exact(target, None, [[0], [1, 0, 1, 1]], 2, 1, 1, drafter=drafter, rule=rule)
+    options = {"drafter": drafter, "rule": rule, "spare": rule != "rejection"}
+    assert_exact(target, None, [[0], [1, 0, 1, 1]], 2, 1, 1, **options)
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
@@ -427,6 +428,7 @@ def test_auto_k(monkeypatch, rule, ours):
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example([5.0] * 8, *half_sure())  # it stands still
 @given(st.lists(st.floats(0, 100), min_size=8, max_size=8), tables(2), tables(2))
 def test_auto_k_whatever_the_clock_says(monkeypatch, times, target, draft):
     with monkeypatch.context() as patch:

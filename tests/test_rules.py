@@ -84,6 +84,12 @@ def test_block_has_the_targets_distribution_and_accepts_no_fewer(case):
     assert expected_accepted(verify_block, target, draft) > fewer
 
 
+def test_block_is_plain_sampling_where_nothing_is_guessed():
+    target, none = distribution([[[7, 3]]]), torch.zeros(1, 0, dtype=torch.int64)
+    after = judged(target, torch.zeros(1, 0, 2), none, verify_block)
+    assert after == pytest.approx({(0, 0): 0.7, (0, 1): 0.3}, abs=1e-15)
+
+
 def test_block_takes_zero_rows_for_no_guess():
     target = distribution([[[0, 1], [1, 0], [0, 1]]]).expand(2, 3, 2)
     draft = torch.zeros(2, 2, 2).double()

@@ -248,7 +248,7 @@ def test_drawing_leaves_its_input_alone_and_uses_no_global_state():
 
 @pytest.mark.parametrize("draw", [bernoulli, categorical])
 def test_random_numbers_are_as_fine_as_float64(draw, monkeypatch, ours):
-    """In float32 a chance of 1e-12 would come true at 2^-24, and rare tokens would win too rarely."""
+    """In float32 a chance of 1e-12 would come true at 2^-24; rare tokens would win too rarely."""
     asked, rand = [], torch.rand
     monkeypatch.setattr(torch, "rand", lambda *a, **o: asked.append(o["dtype"]) or rand(*a, **o))
     draw(torch.full((3, 4), 0.25))
