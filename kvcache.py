@@ -90,11 +90,10 @@ class TreeView:
         return root + self.tree.sum(1) - 1, self.cache.mask(visible)
     def keep(self, path):
         """Of the M nodes keep those on the path, (B, n) int64, as if read one after the other."""
-        start, n = self.cache.length - self.tree.shape[1], path.shape[1]
-        for row, (first, nodes) in enumerate(zip(start.tolist(), path)):
-            kv = self.cache.kv[:, :, row, :, first:]
-            kv[..., :n, :] = kv.index_select(-2, nodes)
-        self.cache.length.copy_(start + n)
+        start, n = self.cache.length[:, None] - self.tree.shape[1], path.shape[1]
+        kept = self.cache.kv[:, :, self.cache.row, :, start + path]
+        self.cache.kv[:, :, self.cache.row, :, start + self.cache.slot[:n]] = kept
+        self.cache.length.copy_(start[:, 0] + n)
 
 class FixedKVCache(KVCache):
     """A cache's memory, used so that all passes over T tokens are the same operations, which a GPU

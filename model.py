@@ -9,7 +9,6 @@ Letters in shapes: B rows, T new tokens, S tokens to look at, D = n_embd, V = vo
 
 import math
 import os
-import statistics
 import time
 import weakref
 import zipfile
@@ -146,9 +145,8 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None):
         dtype = torch.float16 if has_float16(device) else dtype
     target, encoding = load_checkpoint(folder / "large.pt", device, dtype)
     draft, other = load_checkpoint(folder / "tiny.pt", device, target.wte.weight.dtype)
-    same = other._mergeable_ranks == encoding._mergeable_ranks
-    same = same and other._pat_str == encoding._pat_str
-    need(same, f"large.pt and tiny.pt in {folder} have different tokenizers")
+    one, two = ((e._mergeable_ranks, e._pat_str) for e in (encoding, other))
+    need(one == two, f"large.pt and tiny.pt in {folder} have different tokenizers")
     return target, draft, encoding
 
 def find_device(name=None):
@@ -161,12 +159,15 @@ def find_device(name=None):
         probe.item()
         return device
     except (RuntimeError, AssertionError, TypeError, ImportError):
-        raise ValueError(f"there is no device {name!r} here") from None
+        raise BadInput(f"there is no device {name!r} here") from None
+
+class BadInput(ValueError):
+    """What a user can mend. (Any other ValueError is a mistake of ours.)"""
 
 def need(right, message):
-    """ValueError with this message, unless all is right."""
+    """BadInput with this message, unless all is right."""
     if not right:
-        raise ValueError(message)
+        raise BadInput(message)
 
 def as_rows(prompt):
     """One prompt, or several -> a list of prompts."""
@@ -175,14 +176,21 @@ def as_rows(prompt):
     one = kind == "Tensor" and prompt.ndim < 2 or not len(prompt) or isinstance(prompt[0], int)
     return [prompt] if one else prompt
 
-def as_tokens(tokens, name, vocab_size, device):
-    """(n,) int64, n >= 1, of ids that a model has. ValueError: that is not what they are."""
+def as_prompts(prompt, vocab_size, device):
+    """A prompt, or several -> B tensors (T,) int64. ValueError: they are no tokens of the model."""
+    rows = as_rows(prompt)
+    if isinstance(rows, torch.Tensor):
+        return as_tokens(rows, "the prompt", vocab_size, device, ndim=2).unbind()
+    return [as_tokens(row, "the prompt", vocab_size, device) for row in rows]
+
+def as_tokens(tokens, name, vocab_size, device, ndim=1):
+    """(n,) int64, n >= 1, of ids that a model has; of ndim 2, (B, n). ValueError: they are not."""
     try:
         tokens = torch.as_tensor(tokens if isinstance(tokens, torch.Tensor) else list(tokens))
     except (TypeError, ValueError, RuntimeError):
         need(False, f"{name} must be token ids, int64; it is {tokens!r}")
     need(tokens.numel() > 0, f"{name} is empty")
-    right = tokens.ndim == 1 and tokens.dtype == torch.int64
+    right = tokens.ndim == ndim and tokens.dtype == torch.int64
     need(right, f"{name} must be token ids, int64; it is {tuple(tokens.shape)} {tokens.dtype}")
     right = 0 <= tokens.min() and tokens.max() < vocab_size
     need(right, f"{name} has tokens outside 0..{vocab_size - 1}")
@@ -242,11 +250,16 @@ def _load(path):
     """The content of a file, for a block that makes something of it. One line if that fails."""
     try:
         yield load_whole(path)
+    except FileNotFoundError:
+        makes = "goes on with" if Path(path).with_name("partial.pt").exists() else "makes"
+        advice = f"`python train_tiny.py --checkpoints {Path(path).parent}` {makes} it"
+        advice = f"{path} is missing; {advice}; `git checkout checkpoints` restores the shipped one"
+        raise FileNotFoundError(advice) from None
     except OSError:
         raise
     except Exception as error:
         why = f"damaged, or not a checkpoint of this project ({type(error).__name__})"
-        raise ValueError(f"{path} is {why}") from error
+        raise BadInput(f"{path} is {why}") from error
 
 def _compact(module):
     """Weights as a file keeps them: bfloat16, but matrices of the layers in 8 bits.
@@ -271,25 +284,22 @@ def _exact(compact):
     return compact | {name: compact[name][0].float().ldexp(compact[name][1]) for name in pairs}
 
 # -- not for a first reading -----------------------------------------------------------------------
-# Matrices in 16 bits, draft heads, and how long a pass takes, on a CPU or in a CUDA graph.
+# Matrices in 16 bits, draft heads, memory, and CUDA graphs.
 
 class Packed(nn.Module):
     """A Conv1D that multiplies with a copy of its matrix in 16 bits, laid out for fbgemm.
 
     fbgemm is PyTorch's library for that on x86. The arithmetic stays in float32.
     """
-
     def __init__(self, conv):
         super().__init__()
         self.weight = nn.Parameter(conv.weight.detach().half(), requires_grad=False)
         self.bias = nn.Parameter(conv.bias.detach().float(), requires_grad=False)
         self.register_load_state_dict_post_hook(lambda module, keys: module.pack())
         self.pack()
-
     def pack(self):
         weight = self.weight.float().t().contiguous()
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight, self.bias.data)
-
     def forward(self, x):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
@@ -320,7 +330,6 @@ class DraftHeads(nn.Module):
     Markov head (arXiv 2607.05147). Without the embedding (markov=False) it is blind: it does not
     know what the guess before became, as Medusa's heads (Cai et al. 2024, arXiv 2401.10774).
     """
-
     def __init__(self, vocab_size, n_state, n_embd, markov=True):
         super().__init__()
         self.config = GPTConfig(vocab_size, block_size=0, n_layer=1, n_head=4, n_embd=n_embd)
@@ -332,17 +341,14 @@ class DraftHeads(nn.Module):
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = Conv1D(n_embd, vocab_size)
         self.confidence = nn.Linear(n_embd, 1)
-
     def forward(self, state, tokens, cache):
         """state (B, T, n_embd) before each of the tokens (B, T) int64 -> the state after it."""
         _, mask = cache.extend(tokens.shape[1])
         seen = state if self.wte is None else torch.cat((state, self.wte(tokens)), -1)
         return self.ln_f(self.h[0](state + self.c_in(seen), mask, cache, 0))
-
     def acceptance(self, state):
         """The chance that a guess from this state is accepted, as learnt: (B, T, D) -> (B, T)."""
         return self.confidence(state)[..., 0].sigmoid()
-
     new_cache = GPT.new_cache
 
 def target_states(hidden, cache, slots):
@@ -383,7 +389,7 @@ def load_heads(path, target):
             heads.append(DraftHeads(V, n_state, n_embd, markov=kind == "markov"))
             heads[-1].load_state_dict(weights)
         whose = content["target"]
-    advice = "`python train_tiny.py --distill` trains new ones"
+    advice = f"`python train_tiny.py --distill --checkpoints {Path(path).parent}` trains new ones"
     right = whose == fingerprint(target)
     need(right, f"the heads in {path} belong to another target; {advice}")
     return [h.to(target.wte.weight).eval() for h in heads]
@@ -392,6 +398,18 @@ def fingerprint(model):
     """A number that tells one trained model from another, the same in float32 and in bfloat16."""
     weight = model.wte.weight.detach().to("cpu", torch.bfloat16)
     return zlib.crc32(weight.view(torch.int16).numpy().tobytes())
+
+def check_memory(target, B, length, k):
+    """BadInput, unless B rows of this length fit into memory: keys, values, logits, and a tenth."""
+    c, weight, free = target.config, target.wte.weight, math.inf
+    kv, logits = 2 * c.n_layer * c.n_embd * weight.itemsize, 8 * c.vocab_size
+    wanted = 1.1 * B * (length * (kv + logits) + 5 * k * logits)
+    if weight.is_cuda:
+        free = torch.cuda.mem_get_info(weight.device)[0]
+    elif wanted > 1e9 and os.path.exists("/proc/meminfo"):
+        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    sizes = f"about {wanted / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free"
+    need(wanted < free, f"{B} rows of {length} tokens take {sizes}")
 
 def has_graphs(device):
     return device.type == "cuda" and device.index == torch.cuda.current_device()
@@ -409,7 +427,6 @@ def capture(call, generator=None):
     graph, recorded = torch.cuda.CUDAGraph(), None
     if generator is not None:
         graph.register_generator_state(generator)
-
     @torch.inference_mode()
     def replay():
         nonlocal recorded
@@ -424,23 +441,7 @@ def capture(call, generator=None):
             return out
         graph.replay()
         return [x.clone() if isinstance(x, torch.Tensor) else x for x in recorded]
-
     return replay
-
-def seconds_of_calls(calls, repeats):
-    """{name: function} -> {name: median seconds of a call}.
-
-    The functions take turns, since the speed of a machine drifts. Each is called twice at its turn,
-    and timed the second time: the first finds the processor's caches full of other things.
-    """
-    times = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            call()
-            start = now()
-            call()
-            times[name].append(now() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
 
 def now():
     """Seconds, once all that was queued for a GPU is done."""

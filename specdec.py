@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 # ---- Part 1: speculative decoding ----------------------------------------------------------------
-# (Round, RULES, collect, as_rows and check_arguments come later, and do what their names say.)
+# (need, Round, RULES, collect, as_rows and check_arguments come later: as their names say.)
 
 def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (..., V) -> the distribution to draw from: same shape, sums to 1, float32 or better.
@@ -69,8 +69,7 @@ class Rows:
         L = max(lengths) + max_new_tokens + spare  # spare: for guesses that are not accepted
         self.tokens = torch.stack([F.pad(prompt, (0, L - len(prompt))) for prompt in prompts])
         self.length = torch.tensor(lengths, device=self.tokens.device)
-        self.end = self.length + max_new_tokens
-        self.eos = eos
+        self.end, self.eos = self.length + max_new_tokens, eos
 
     def room(self):
         return self.end - self.length
@@ -141,7 +140,7 @@ class ModelDrafter:
 
     def start(self, target, cache, rows, hidden):
         """Read the prompts. (The target has: some drafters look at its cache and hidden states.)"""
-        self.cache = self.model.new_cache(*rows.tokens.shape)
+        self.cache, self.rows = self.model.new_cache(*rows.tokens.shape), rows
         read_prompts(self.model, self.cache, rows)
 
     def propose(self, rows, k, probs_of, generator):
@@ -156,6 +155,7 @@ class ModelDrafter:
 
     def unread(self, rows):
         """What the cache lacks: the newest token, and the last guess, if all k were accepted."""
+        need(rows is self.rows, "this drafter is in use by another generation")
         n = (rows.length - self.cache.length).max().item()
         self.cache.rollback((rows.length - n).clamp(min=0))  # who lacks 1 reads 1 again
         return rows.newest(n)
@@ -223,12 +223,12 @@ def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection",
 import math
 import statistics
 import time
-from collections import deque
 from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 from kvcache import FixedKVCache, TreeView
-from model import as_rows, as_tokens, capture, has_graphs, need, target_state_size, target_states
+from model import as_prompts, as_rows, as_tokens, capture, check_memory, has_graphs, need
+from model import target_state_size, target_states
 
 class Round(NamedTuple):
     """What came of one pass of the target, in each of B rows. In plain decoding k is 0."""
@@ -261,15 +261,10 @@ class Stats:
         self.accepted += torch.minimum(r.n_accepted, r.n_new).sum().item()
         self.emitted += r.n_new.sum().item()
         self.overlap += overlap[is_judged].sum().item()
-    @property
-    def acceptance_rate(self):  # alpha: of the guesses that were judged, the fraction accepted
-        return self.accepted / max(1, self.evaluated)
-    @property
-    def expected_acceptance_rate(self):  # the same without the noise of the coins, for `verify`
-        return self.overlap / max(1, self.evaluated)
-    @property
-    def tokens_per_pass(self):  # tau: what a round emits, its correction or bonus included
-        return self.emitted / max(1, self.rounds)
+    # alpha; the same without the noise of the coins, for `verify`; tau, corrections included
+    acceptance_rate = property(lambda self: self.accepted / max(1, self.evaluated))
+    expected_acceptance_rate = property(lambda self: self.overlap / max(1, self.evaluated))
+    tokens_per_pass = property(lambda self: self.emitted / max(1, self.rounds))
 
 class Result(NamedTuple):
     tokens: list  # B lists of new token ids
@@ -297,7 +292,7 @@ def ratio(target_probs, draft_probs, tokens):
 
 def residual(target_probs, draft_probs):
     """max(0, target - draft), rescaled, (.., V). If nothing is left, or NaN: target_probs."""
-    left = (target_probs - draft_probs).clamp(min=0)
+    left = (target_probs - draft_probs.clamp(min=0)).clamp(min=0)
     mass = left.sum(-1, keepdim=True)
     return torch.where(mass > 0, left / mass, target_probs)
 
@@ -321,7 +316,7 @@ def verify_block(target_probs, draft_probs, draft_tokens, generator=None):
         weights.append((weights[-1] * r.clamp(max=1e30)).clamp(max=1))  # for 0 * inf is NaN
     weight = torch.stack(weights, 1)  # (B, k+1): w_0 .. w_k
     weighted = weight[..., None] * target_probs
-    draft_probs = F.pad(draft_probs.nan_to_num(0), (0, 0, 0, 1))
+    draft_probs = F.pad(draft_probs.nan_to_num(0).clamp(min=0), (0, 0, 0, 1))
     mass = (weighted - draft_probs).clamp(min=0).sum(-1)  # Z_i, (B, k+1)
     h = torch.where(weight >= 1, 1, mass / (mass + 1 - weight))
     yes = F.pad(bernoulli(h[:, 1:], generator), (1, 0), value=True)
@@ -399,12 +394,14 @@ class HeadsDrafter(ModelDrafter):
     def __init__(self, heads):
         self.heads, self.n_unread = heads, None
     def start(self, target, cache, rows, hidden):
-        self.cache, self.target_cache = self.heads.new_cache(*rows.tokens.shape), cache
+        self.cache, self.rows = self.heads.new_cache(*rows.tokens.shape), rows
+        self.target_cache = cache
         self.length = rows.length.clone()  # as it was at the last commit
         room = rows.tokens.shape[1] - 1 - hidden.shape[1]
         self.hidden = F.pad(hidden, (0, 0, 1, room))  # [:, t]: the target's last before token t
     def unread(self, rows):
         """Up to k+1 tokens, or the prompt. Rows too short for so many repeat their newest."""
+        need(rows is self.rows, "this drafter is in use by another generation")
         n = self.n_unread or (rows.length - self.cache.length).max().item()
         start = (rows.length - n).clamp(min=0)
         self.cache.rollback(start)
@@ -441,7 +438,7 @@ class AutoK:
     """
     def __init__(self, drafter):
         self.drafter, self.none, self.k, self.credit = drafter, NoDrafter(), 4, 3.0
-        self.plain = deque(maxlen=9)  # seconds of the last plain rounds
+        self.plain = []  # seconds of plain rounds
     def start(self, *args):
         self.last = None
         self.none.start(*args)
@@ -463,7 +460,7 @@ class AutoK:
             self.credit += 0.01
         else:
             self.k += 2 if tokens > n else -1
-            gain = tokens - seconds / max(1e-9, statistics.median(self.plain))
+            gain = tokens - seconds / max(1e-9, statistics.median(self.plain[-9:]))
             self.credit = min(6.0, self.credit + max(-2.0, gain))  # one slow round is no verdict
 
 def levels(widths):
@@ -491,9 +488,10 @@ class TreeDrafter:
     after the first, the best untried token is certain; top=True does that from the first child on.
     """
     def __init__(self, drafter, widths, top=False):
-        self.drafter, self.widths, self.top = drafter, tuple(widths), top
-        names, right = ",".join(map(str, widths)) or "missing", widths and min(widths) >= 1
-        need(right, f"the widths of a tree are {names}; each must be at least 1")
+        names = [str(width) for width in widths]
+        right = names and all(name.isdecimal() and int(name) >= 1 for name in names)
+        need(right, f"the widths of a tree are {','.join(names)}; they must be numbers from 1 on")
+        self.drafter, self.widths, self.top = drafter, tuple(map(int, names)), top
         self.n_nodes = [*levels(self.widths)][-1][2] - 1  # but for the root
     def start(self, *args):
         self.drafter.start(*args)
@@ -595,26 +593,23 @@ def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperatur
                     eos, seed):  # fmt: skip
     """The arguments of `generate`, as the loops want them: prompts, drafter, k, rule, eos, seed."""
     V, block, device = target.config.vocab_size, target.config.block_size, target.wte.weight.device
-    prompts = [as_tokens(row, "the prompt", V, device) for row in as_rows(prompt)]
-    n, coupled, tree = max(map(len, prompts)) + max_new_tokens, rule == "coupled", None
-    need(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}; it cannot be negative")
+    check_numbers(max_new_tokens, temperature, top_k, top_p, seed)
+    prompts = as_prompts(prompt, V, device)
+    n = max_new_tokens + max(map(len, prompts))
     need(n <= block, f"prompt and budget are {n} tokens; the target's block_size is {block}")
-    need(0 <= temperature < math.inf, f"temperature is {temperature}; it must be 0 or more")
-    need(top_k is None or top_k >= 1, f"top-k is {top_k}; it must be at least 1")
-    need(top_p is None or 0 < top_p <= 1, f"top-p is {top_p}; it must be above 0, at most 1")
-    need(seed is None or 0 <= seed < 2**63, f"seed is {seed}; it must be 0 or more, below 2^63")
+    coupled, tree = rule == "coupled", isinstance(drafter, TreeDrafter)
     need(callable(rule) or str(rule) in RULES, f"unknown rule {rule!r}, not {', '.join(RULES)}")
     rule = RULES.get(rule, rule)
     if eos is not None:
         eos = as_tokens([eos] if isinstance(eos, int) else eos, "eos", V, device)
     if drafter is not None:
-        tree = isinstance(drafter, TreeDrafter)
         right = tree or k == "auto" or isinstance(k, int) and 1 <= k < block
         need(right, f'k is {k}; it must be at least 1 and below the block_size, {block}, or "auto"')
         right = not tree or rule is verify and not coupled and k != "auto"
         need(right, "a tree has a rule of its own, recursive rejection, and a fixed shape")
         check_drafter(drafter, target, n)
     k = 0 if drafter is None else drafter.n_nodes if tree else k
+    check_memory(target, len(prompts), n, 8 if k == "auto" else k)
     # A graph is for what never looks at a result, and its k is fixed.
     known = type(drafter) in (type(None), ModelDrafter, NGramDrafter, HeadsDrafter)
     if has_graphs(device) and known and rule in RULES.values():
@@ -624,8 +619,16 @@ def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperatur
     seed = torch.Generator().seed() % 2**63 if seed is None else seed
     return prompts, Coupled(drafter) if coupled else drafter, k, rule, eos, seed
 
+def check_numbers(max_new_tokens, temperature, top_k, top_p, seed):
+    """BadInput, unless each is in its range."""
+    need(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}; it cannot be negative")
+    need(0 <= temperature < math.inf, f"temperature is {temperature}; it must be 0 or more")
+    need(top_k is None or top_k >= 1, f"top-k is {top_k}; it must be at least 1")
+    need(top_p is None or 0 < top_p <= 1, f"top-p is {top_p}; it must be above 0, at most 1")
+    need(seed is None or 0 <= seed < 2**63, f"seed is {seed}; it must be 0 or more, below 2^63")
+
 def check_drafter(drafter, target, length):
-    """ValueError, unless it can guess for this target, in texts of up to `length` tokens."""
+    """BadInput, unless it can guess for this target, in texts of up to `length` tokens."""
     methods = [getattr(drafter, name, None) for name in ("start", "propose", "commit")]
     right = all(map(callable, methods)) and not isinstance(drafter, type)
     need(right, "a drafter has start, propose and commit, as ModelDrafter(model) has; this has not")
@@ -635,9 +638,9 @@ def check_drafter(drafter, target, length):
         need(isinstance(inner, ModelDrafter), f"the guesses of a tree come from {what}")
         need(n <= block, f"a tree of {n} guesses; the target's block_size is {block}")
     if isinstance(inner, HeadsDrafter):
-        weight, n_state = inner.heads.lm_head.weight, len(inner.heads.c_state.weight)
-        ours = weight.shape[1], n_state, weight.dtype
-        theirs = V, target_state_size(target.config), target.wte.weight.dtype
+        heads, theirs = inner.heads, (V, target_state_size(target.config), target.wte.weight.dtype)
+        need(hasattr(heads, "c_state"), "HeadsDrafter takes heads, one of those in heads.pt")
+        ours = len(heads.lm_head.bias), len(heads.c_state.weight), heads.lm_head.bias.dtype
         need(ours == theirs, f"heads for a target of another shape: {ours}, not {theirs}")
     elif isinstance(inner, ModelDrafter):
         ours, n = inner.model.config.vocab_size, inner.model.config.block_size
@@ -650,19 +653,14 @@ import argparse
 import os
 import signal
 import sys
-from model import CHECKPOINTS, load_heads, load_pair, now
+from model import CHECKPOINTS, BadInput, load_heads, load_pair, now
 
 PROMPT = "import os\nimport sys\n\ndef main(argv=None):\n    if argv is None:\n        argv = "
 COLOURS = {"accepted": 32, "rejected": 31, "not judged": 90, "correction": 33, "bonus": 36}
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
 def paint(kind, word):
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        return f"\033[{COLOURS[kind]}m{word}\033[0m"
-    return word
+    colourful = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return f"\033[{COLOURS[kind]}m{word}\033[0m" if colourful else word
 
 def tell(r, show, tree):  # one line about the first row: the guesses, and the target's verdict
     n, n_guessed, n_new = (x[0].item() for x in (r.n_accepted, r.n_guessed, r.n_new))
@@ -727,7 +725,7 @@ def show_times(target, prompts, n, drafter, k, rule, **options):
         print(f"  predicted {tau * one / (check + rest):.2f} = {tau:.2f} tokens per pass x {parts}")
 
 def main(argv=None):
-    parser = Parser(description="Speculative decoding beside plain decoding.")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--prompt", default=PROMPT, help="text to continue (default: some Python code)")
     add("--prompt-file", metavar="FILE", help="a file with this text, or - for standard input")
@@ -735,7 +733,7 @@ def main(argv=None):
     add("-k", metavar="K", help='guesses per round, or "auto" (default: 4, heads 6, ngram 10)')
     add("--drafter", choices=("model", "ngram", "heads", "tree"), default="model")
     add("--rule", choices=RULES, default="rejection")
-    add("--tree", metavar="W,W,..", help="children per node at each level (default: 2,1,1,1)")
+    add("--tree", metavar="W,W,..", help="children per node (default: 2,1,1,1)")
     add("--temperature", type=float, metavar="T", help="0 is greedy (default: first 0, then 1)")
     add("--top-k", type=int, metavar="K", help="sample from the K best tokens only")
     add("--top-p", type=float, metavar="P", help="from the fewest best ones that together reach P")
@@ -748,37 +746,30 @@ def main(argv=None):
     add("--checkpoints", metavar="DIR", default=CHECKPOINTS, help="where large.pt, tiny.pt .. are")
     args = parser.parse_args(argv)
     n, B, name, file = args.max_new_tokens, args.batch, args.drafter, args.prompt_file
-    try:
-        need(1 <= args.threads <= os.cpu_count(), f"--threads must be 1 to {os.cpu_count()} here")
-        need(1 <= B <= 256 and n >= 1, "--batch must be 1 to 256, --max-new-tokens at least 1")
-        need(name == "tree" or not args.tree, "--tree is for --drafter tree")
-        need(name != "tree" or not args.k, "the depth of a tree is in --tree: leave out -k")
-        right = not args.trace or args.rule == "rejection" and name != "tree" and B == 1
-        need(right, "--trace is for the rejection rule and one row")
-        text = open({"-": 0}.get(file, file), encoding="utf-8").read() if file else args.prompt
-        torch.set_num_threads(args.threads)
-        dtype = args.dtype and getattr(torch, args.dtype)
-        target, draft, encoding = load_pair(args.checkpoints, args.device, dtype)
-        drafter, k = ModelDrafter(draft), 4
-        if name == "ngram":
-            drafter, k = NGramDrafter(), 10
-        elif name == "heads":
-            drafter, k = HeadsDrafter(load_heads(f"{args.checkpoints}/heads.pt", target)[0]), 6
-        elif name == "tree":
-            drafter = TreeDrafter(drafter, [int(w) for w in (args.tree or "2,1,1,1").split(",")])
-        k = int(args.k) if (args.k or "").isdecimal() else args.k or k
-        prompts = torch.tensor([encoding.encode_ordinary(text)] * B)
-        show = lambda x: repr(encoding.decode([x]))[1:-1].replace(" ", "·")
-        rule = traced(verify, show) if args.trace else args.rule
-        stories, filters = {}, {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-        for T in (0.0, 1.0) if args.temperature is None else (args.temperature,):
-            stories[T] = rounds(target, prompts, n, drafter, k, rule, T, **filters)
-    except FileNotFoundError as error:
-        hint = "; `python train_tiny.py` makes it" * (error.filename != file)
-        parser.error(f"{error.filename} is missing{hint}")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    sys.stdout.reconfigure(errors="replace")
+    need(1 <= args.threads <= os.cpu_count(), f"--threads must be 1 to {os.cpu_count()} here")
+    need(1 <= B <= 10_000 and n >= 1, "--batch must be 1 to 10000, --max-new-tokens at least 1")
+    need(not (args.k if name == "tree" else args.tree), "--tree is for trees, -k for all others")
+    right = not args.trace or args.rule == "rejection" and name != "tree" and B == 1
+    need(right, "--trace is for the rejection rule and one row")
+    check_numbers(n, args.temperature or 0, args.top_k, args.top_p, args.seed)
+    text = open({"-": 0}.get(file, file), encoding="utf-8").read() if file else args.prompt
+    torch.set_num_threads(args.threads)
+    dtype = args.dtype and getattr(torch, args.dtype)
+    target, draft, encoding = load_pair(args.checkpoints, args.device, dtype)
+    drafter, k = ModelDrafter(draft), 4
+    if name == "ngram":
+        drafter, k = NGramDrafter(), 10
+    elif name == "heads":
+        drafter, k = HeadsDrafter(load_heads(f"{args.checkpoints}/heads.pt", target)[0]), 6
+    elif name == "tree":
+        drafter = TreeDrafter(drafter, (args.tree or "2,1,1,1").split(","))
+    k = int(args.k) if (args.k or "").isdecimal() else args.k or k
+    prompts = torch.tensor([encoding.encode_ordinary(text)]).expand(B, -1)
+    show = lambda x: repr(encoding.decode([x]))[1:-1].replace(" ", "·")
+    rule = traced(verify, show) if args.trace else args.rule
+    stories, filters = {}, {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    for T in (0.0, 1.0) if args.temperature is None else (args.temperature,):
+        stories[T] = rounds(target, prompts, n, drafter, k, rule, T, **filters)
     large, tiny = (sum(p.numel() for p in model.parameters()) / 1e6 for model in (target, draft))
     print(f"The target: a GPT-2 with {large:.1f} million weights. The draft: {tiny:.1f} million.")
     print(f"The prompt: {text!r}")
@@ -790,7 +781,19 @@ def main(argv=None):
     print("\nNext:  python specdec.py --trace, or --drafter heads --rule block, or --help\n"
           "       python tests/bench.py, for every drafter and rule in one table")  # fmt: skip
 
-if __name__ == "__main__":
-    for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Ctrl-C and `| head` end it quietly
+def run_script(main):  # what a user can mend becomes one line; Ctrl-C and `| head` end it quietly
+    for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
-    main()
+    try:
+        need(sys.stdout, "standard output is closed")
+        sys.stdout.reconfigure(errors="replace")
+        status = main()
+        sys.stdout.flush()
+    except (BadInput, UnicodeError, OSError) as error:
+        words = " ".join(str(error).split())
+        print(f"{sys.argv[0]}: error: {words}", file=sys.stderr, flush=True)
+        os._exit(2)  # at once: to a full disk nothing more can be written
+    sys.exit(status)
+
+if __name__ == "__main__":
+    run_script(main)

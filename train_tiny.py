@@ -15,9 +15,11 @@ arXiv 2310.08461). Large reads each of them once. Its states are kept, and its d
 from them at the cost of one matrix product.
 """
 
+import argparse
 import math
 import os
 import signal
+import statistics
 import sys
 import sysconfig
 import time
@@ -31,11 +33,11 @@ import torch.nn.functional as F
 from tiktoken._educational import bpe_train
 
 from model import (
-    CHECKPOINTS, GPT, DraftHeads, GPTConfig, find_device, fingerprint, load_pair, load_whole,
-    make_encoding, save_checkpoint, save_heads, save_whole, seconds_of_calls, target_state_size,
+    CHECKPOINTS, GPT, BadInput, DraftHeads, GPTConfig, find_device, fingerprint, load_pair,
+    load_whole, make_encoding, now, save_checkpoint, save_heads, save_whole, target_state_size,
     target_states,
 )  # fmt: skip
-from specdec import Parser, rounds
+from specdec import rounds, run_script
 
 @dataclass(frozen=True)
 class Preset:
@@ -121,7 +123,7 @@ def train_tokenizer(texts, vocab_size, sample):
         ranks = bpe_train(pieces, vocab_size - 1, SPLIT_PATTERN, visualise=None)
     except ValueError:  # no pair is left to merge
         few = f"corpus too small: it does not yield {vocab_size} different tokens"
-        raise ValueError(few) from None
+        raise BadInput(few) from None
     return make_encoding(SPLIT_PATTERN, ranks)
 
 def encode(encoding, texts):
@@ -288,10 +290,10 @@ class Run:
                 state = load_whole(self.path)
                 same = state["settings"] == settings and dtype in (None, state["dtype"])
             except Exception as error:
-                raise ValueError(f"{self.path} is damaged: delete it") from error
+                raise BadInput(f"{self.path} is damaged: delete it") from error
             if not same:
                 advice = "finish that, or delete the file"
-                raise ValueError(f"{self.path} belongs to a run with other settings: {advice}")
+                raise BadInput(f"{self.path} belongs to a run with other settings: {advice}")
             self.state = state
             print(f"going on from {self.path}")
 
@@ -474,6 +476,21 @@ def heads_alpha(heads, wte, texts, states):
     means = torch.stack(means)
     return means.mean(0), means.std(0) / len(means) ** 0.5
 
+def seconds_of_calls(calls, repeats):
+    """{name: function} -> {name: median seconds of a call}.
+
+    The functions take turns, since the speed of a machine drifts. Each is called twice at its turn,
+    and timed the second time: the first finds the processor's caches full of other things.
+    """
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            call()
+            start = now()
+            call()
+            times[name].append(now() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
 def faster_dtype(model, windows):
     """float32 or bfloat16, by a short race.
 
@@ -493,7 +510,7 @@ def main(argv=None):
     train = "Train large and tiny on text; then tiny and the draft heads on what large writes."
     folder = "where the models go (default: checkpoints/)"
     dtypes = "of the arithmetic (default: the faster, by a short race)"
-    parser = Parser(description=train)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=train)
     option = parser.add_argument
     option("--data", metavar="PATH", help="a text file or a folder (default: Python's own library)")
     option("--preset", choices=PRESETS, help="default: gpu where there is one, else cpu")
@@ -503,12 +520,9 @@ def main(argv=None):
     option("--dtype", choices=("float32", "bfloat16"), help=dtypes)
     option("--seed", type=int, default=0, help="equal seeds repeat a run, if --dtype is given, too")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run(args)
-    except FileNotFoundError as error:
-        parser.error(f"there is no {error.filename}")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     except (Interrupted, KeyboardInterrupt) as error:
         print(str(error) or "interrupted; what is in partial.pt is kept", file=sys.stderr)
         sys.exit(130)
@@ -518,7 +532,7 @@ def run(args):
     preset = PRESETS[args.preset or ("gpu" if device.type == "cuda" else "cpu")]
     start = time.perf_counter()
     if not 0 <= args.seed < 2**62:
-        raise ValueError(f"seed is {args.seed}; it must be 0 or more and below 2^62")
+        raise BadInput(f"seed is {args.seed}; it must be 0 or more and below 2^62")
 
     # The text.
     texts, held_out_texts = split_corpus(read_corpus(args.data))
@@ -539,7 +553,7 @@ def run(args):
     if min(len(tokens), len(held_out)) < 2 * (block_size + 1):
         sizes = f"{len(tokens)} tokens to train on, {len(held_out)} held out"
         least = f"two windows of {block_size + 1} are the least"
-        raise ValueError(f"corpus too small: {sizes}; {least}")
+        raise BadInput(f"corpus too small: {sizes}; {least}")
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     sizes = f"{len(tokens):,} to train on, {len(held_out):,} held out"
     print(f"tokenizer: {encoding.n_vocab} tokens; {sizes}", flush=True)
@@ -639,4 +653,4 @@ def run(args):
     print(f"wrote large.pt, tiny.pt and heads.pt to {args.checkpoints} after {minutes}")
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

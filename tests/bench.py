@@ -31,10 +31,11 @@ import torch
 
 import specdec
 from kvcache import FixedKVCache
-from model import capture, has_graphs, need, now, seconds_of_calls
-from options import DRAFTERS, Progress, add_options, contenders, load, name_of, need_memory
-from options import new_file, one_line, one_of, positive, prompt_of, run, write_whole
-from specdec import ModelDrafter, NGramDrafter, Parser, Stats, TreeDrafter, expected_tokens
+from model import capture, check_memory, has_graphs, need, now
+from options import DRAFTERS, Progress, contenders, load, name_of, new_file, new_parser
+from options import one_of, positive, prompt_of, write_whole
+from specdec import ModelDrafter, NGramDrafter, Stats, TreeDrafter, expected_tokens, run_script
+from train_tiny import seconds_of_calls
 
 PROMPTS = (
     "import os\nimport sys\n\n"
@@ -295,8 +296,8 @@ def sweep(target, draft, row, prompts, n, progress, **options):
 
 def main(argv=None):
     """-> exit status"""
-    parser = Parser(description="All drafters and rules beside plain decoding, in one table.")
-    add = add_options(parser).add_argument
+    parser = new_parser("All drafters and rules beside plain decoding, in one table.")
+    add = parser.add_argument
     add("--max-new-tokens", type=positive, metavar="N", help="default: 48")
     add("--drafter", type=one_of(DRAFTERS), action="append", help=WHO)
     add("--batch", type=positive, default=1, metavar="B", help="rows decoded at once (default: 1)")
@@ -304,26 +305,26 @@ def main(argv=None):
     add("--json", type=new_file, metavar="FILE", help="write all figures to a file")
     args = parser.parse_args(argv)
     filters, B = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}, args.batch
-    with one_line(parser):
-        need(B == 1 or not args.sweep, "--sweep has batch sizes of its own: leave out --batch")
-        text = prompt_of(args)
-        target, draft, heads, encoding = load(args, args.drafter or ())
-        block = min(target.config.block_size, draft.config.block_size)
-        n = args.max_new_tokens or min(48, block // 2)
-        most, device = max(1, block - n), target.wte.weight.device  # texts of ours are cut to that
-        texts = [encoding.encode_ordinary(text)[-most:] for text in (*PROMPTS, REPEATING)]
-        texts = texts if text is None else [encoding.encode_ordinary(text)]
-        prompts = [torch.tensor([ids], dtype=torch.int64, device=device) for ids in texts]
-        plan = {}  # {title: (temperature, prompts, seconds)}
-        for T in (1.0, 0.0) if args.temperature is None else (args.temperature,):
-            seconds = 20 if T > 0 else 14
-            plan[f"temperature {T:g}" + " (greedy)" * (T == 0)] = T, prompts[:3], seconds
-        if text is None and not args.sweep and "ngram" in (args.drafter or DRAFTERS):
-            plan["text that repeats"] = T, prompts[3:], 4
-        rows, length = contenders(args, draft, heads), n + max(map(len, texts))
-        for prompt, (_, drafter, k, rule, _) in itertools.product(prompts, rows):
-            specdec.rounds(target, prompt, n, drafter, k, rule, T, **filters)  # or ValueError
-        need_memory(32 if args.sweep else B, target, draft, heads, rows, length)
+    need(B == 1 or not args.sweep, "--sweep has batch sizes of its own: leave out --batch")
+    text = prompt_of(args)
+    target, draft, heads, encoding = load(args, args.drafter or ())
+    block = min(target.config.block_size, draft.config.block_size)
+    n = args.max_new_tokens or min(48, block // 2)
+    most, device = max(1, block - n), target.wte.weight.device  # texts of ours are cut to that
+    texts = [encoding.encode_ordinary(text)[-most:] for text in (*PROMPTS, REPEATING)]
+    texts = texts if text is None else [encoding.encode_ordinary(text)]
+    prompts = [torch.tensor([ids], dtype=torch.int64, device=device) for ids in texts]
+    plan = {}  # {title: (temperature, prompts, seconds)}
+    for T in (1.0, 0.0) if args.temperature is None else (args.temperature,):
+        seconds = 20 if T > 0 else 14
+        plan[f"temperature {T:g}" + " (greedy)" * (T == 0)] = T, prompts[:3], seconds
+    if text is None and not args.sweep and "ngram" in (args.drafter or DRAFTERS):
+        plan["text that repeats"] = T, prompts[3:], 4
+    rows, length = contenders(args, draft, heads), n + max(map(len, texts))
+    for prompt, (_, drafter, k, rule, _) in itertools.product(prompts, rows):
+        specdec.rounds(target, prompt, n, drafter, k, rule, T, **filters)  # or ValueError
+    k = max(16, *(k for _, _, k, _, _ in rows if k != "auto"))
+    check_memory(target, len(rows) * (32 if args.sweep else B), length, k)
     dtype, rule = str(target.h[0].mlp.c_fc.weight.dtype)[6:], name_of(args.rule or "rejection")
     settings = {"prompts": len(prompts[:3]), "new tokens": n, "batch size": B, "rule": rule}
     settings |= {"device": str(device), "dtype": dtype, "threads": torch.get_num_threads()}
@@ -355,4 +356,4 @@ def main(argv=None):
     return 0
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

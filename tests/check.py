@@ -24,9 +24,9 @@ import torch
 
 import specdec
 from model import need
-from options import DRAFTERS, Progress, add_options, contenders, load, name_of, number
-from options import one_line, one_of, prompt_of, run
-from specdec import Parser, to_probs
+from options import DRAFTERS, Progress, contenders, load, name_of, number
+from options import new_parser, one_of, prompt_of
+from specdec import run_script, to_probs
 
 def pearson(observed, expected):
     """Pearson's X2 of counts against expected counts, both (cells,).
@@ -118,29 +118,27 @@ def check(target, decoders, encoding, prompt, seed=0, n=10_000, level=1e-6, **fi
 
 def main(argv=None):
     """-> exit status."""
-    parser = Parser(description="Sample two tokens many times; compare with their distribution.")
+    parser = new_parser("Sample two tokens many times; compare with their distribution.")
     who, many = one_of(DRAFTERS), number(int, 1000, 2**40, "a number from 1000 on")
     parser.add_argument("--drafter", type=who, default="model", help="default: model")
     parser.add_argument("-n", type=many, default=10_000, metavar="N", help="default: 10000 samples")
-    add_options(parser).set_defaults(dtype="float32")
+    parser.set_defaults(dtype="float32")
     args = parser.parse_args(argv)
     args.drafter = [args.drafter]
     why = "in bfloat16 probabilities depend on how many tokens share a pass: leave out --dtype"
-    with one_line(parser):
-        need(args.dtype != "bfloat16", why)
-        need(args.k != "auto", "-k auto follows the clock: take a number")
-        text = prompt_of(args)
-        target, draft, heads, encoding = load(args, args.drafter)
-        name, drafter, k, rule, _ = contenders(args, draft, heads)[1]
-        ids = encoding.encode_ordinary("for i in " if text is None else text)
-        prompt = torch.tensor(ids, dtype=torch.int64, device=target.wte.weight.device)
-        filters = {"top_k": args.top_k, "top_p": args.top_p}
-        filters["temperature"] = 1.0 if args.temperature is None else args.temperature
-        specdec.rounds(target, prompt, k + 1, drafter, k, rule, **filters)  # or ValueError
-    sys.stdout.reconfigure(errors="replace")
+    need(args.dtype != "bfloat16", why)
+    need(args.k != "auto", "-k auto follows the clock: take a number")
+    text = prompt_of(args)
+    target, draft, heads, encoding = load(args, args.drafter)
+    name, drafter, k, rule, _ = contenders(args, draft, heads)[1]
+    ids = encoding.encode_ordinary("for i in " if text is None else text)
+    prompt = torch.tensor(ids, dtype=torch.int64, device=target.wte.weight.device)
+    filters = {"top_k": args.top_k, "top_p": args.top_p}
+    filters["temperature"] = 1.0 if args.temperature is None else args.temperature
+    specdec.rounds(target, prompt, k + 1, drafter, k, rule, **filters)  # or ValueError
     decoders = {"plain decoding": (None, k, "rejection")}
     decoders[f"{name}, {name_of(rule)}"] = drafter, k, rule
     return int(not check(target, decoders, encoding, prompt, args.seed, args.n, **filters))
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

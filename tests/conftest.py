@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, settings
 
-from model import GPT, DraftHeads, GPTConfig
+from model import GPT, BadInput, DraftHeads, GPTConfig
 
 FALSE_ALARM = 1e-6  # the chance that the whole suite raises a false alarm, were all its seeds new:
 N_P_VALUES = 19  # it is divided among as many p-values, 17 in test_sampled_law.py and 2 in test_shipped_pair.py
@@ -146,6 +146,24 @@ def fresh_logits(model, tokens):
 @pytest.fixture(scope="session")
 def target():
     return make_gpt(1)
+
+
+@pytest.fixture
+def refusal(capsys):
+    """refusal(main, words) -> the line that a script says of bad input. It says, and does, nothing else."""
+
+    def refusal(main, words):
+        with pytest.raises((BadInput, OSError, UnicodeError, SystemExit)) as error:
+            main([*map(str, words)])
+        out, err = capsys.readouterr()
+        assert out == ""
+        if error.type is SystemExit:  # argparse's own
+            assert error.value.code == 2 and err.count("\n") == 1
+            return err
+        assert err == ""  # `run_script` makes a line of it, and status 2: tested from a shell
+        return str(error.value)
+
+    return refusal
 
 
 @pytest.fixture

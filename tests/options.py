@@ -8,10 +8,8 @@ import json
 import math
 import operator
 import os
-import signal
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +17,9 @@ import torch
 
 from enumerator import HINT, exact_distribution, joint
 from extras import ConfidentHeadsDrafter
-from model import CHECKPOINTS, load_heads, load_pair, need, seconds_of_calls
-from specdec import RULES, HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter
+from model import CHECKPOINTS, BadInput, load_heads, load_pair, need
+from specdec import RULES, HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, check_numbers
+from train_tiny import seconds_of_calls
 
 DRAFTERS = ("model", "ngram", "heads", "tree")
 
@@ -79,23 +78,21 @@ def new_file(text):
         raise argparse.ArgumentTypeError(f"{text} cannot be written")
     return path
 
-def add_options(parser):
-    """What both scripts take; out of range, it is refused before anything is loaded. -> parser"""
+def new_parser(description):
+    """With the options that both scripts take."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description)
     cores, add = os.cpu_count(), parser.add_argument
     threads = number(int, 1, cores, f"between 1 and {cores}, the number of processors")
-    temperature = number(float, 0, sys.float_info.max, "a temperature, which is 0 or more")
-    top_p = number(float, sys.float_info.min, 1, "above 0 and at most 1")
-    seed = number(int, 0, 2**63 - 1, "a seed from 0 to 2^63 - 1")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue (default: some Python code)")
     source.add_argument("--prompt-file", metavar="FILE", help="the same in a file, or - for stdin")
     add("-k", type=guesses, metavar="K", help="guesses per round (default: 4, heads 6, ngram 10)")
     add("--rule", type=one_of(RULES), help=f"who judges: {', '.join(RULES)}, or FILE.py:NAME")
     add("--tree", type=widths, metavar="W,W,..", help="children per node (default: 2,1,1,1)")
-    add("--temperature", type=temperature, metavar="T", help="0 is greedy")
-    add("--top-k", type=positive, metavar="K", help="sample from the K best tokens only")
-    add("--top-p", type=top_p, metavar="P", help="from the fewest best ones that together reach P")
-    add("--seed", type=seed, default=0, help="default: 0")
+    add("--temperature", type=float, metavar="T", help="0 is greedy")
+    add("--top-k", type=int, metavar="K", help="sample from the K best tokens only")
+    add("--top-p", type=float, metavar="P", help="from the fewest best ones that together reach P")
+    add("--seed", type=int, default=0, help="default: 0")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by the device")
     add("--threads", type=threads, metavar="N", help="default: 1, or all if faster")
@@ -113,6 +110,7 @@ def name_of(choice):
 
 def load(args, drafters=()):
     """-> target, draft, heads (where they are wanted, and there), encoding. drafters (): all."""
+    check_numbers(0, args.temperature or 0, args.top_k, args.top_p, args.seed)
     need(not drafters or "tree" in drafters or args.tree is None, "--tree is for --drafter tree")
     right = "tree" not in drafters or args.k is None and args.rule in (None, "rejection")
     need(right, "a tree has a rule and a shape of its own: leave out --rule and -k")
@@ -178,7 +176,7 @@ def build(make, draft):
         inputs = inspect.signature(make).parameters.values()
         return make(draft) if any(p.default is p.empty for p in inputs) else make()
     except Exception as error:
-        raise ValueError(f"{name_of(make)} makes no drafter: {error}") from error
+        raise BadInput(f"{name_of(make)} makes no drafter: {error}") from error
 
 def is_exact(rule):
     """Whether a rule keeps a small distribution, as far as is known. ValueError: it is no rule."""
@@ -191,29 +189,6 @@ def is_exact(rule):
         need(str(reason) == HINT, f"{name_of(rule)} is no rule: {reason}")
         return False  # it draws in a way of its own
     return error.abs().max().item() < 1e-9
-
-def need_memory(B, target, draft, heads, rows, length):
-    """ValueError, if there is not the memory for so many rows that decode at once."""
-    cache = sum(model.new_cache(1, length).kv.nbytes for model in (target, draft, *heads[:1]))
-    most = max(16, *(k for _, _, k, _, _ in rows if k != "auto"))
-    logits = target.config.vocab_size * 8 * (length + 5 * most)  # the prompt's, and in a round
-    wanted, device, free = B * len(rows) * (cache + logits), target.wte.weight.device, math.inf
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif Path("/proc/meminfo").exists():
-        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-    sizes = f"{wanted / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
-    need(wanted < free, f"a batch of {B} takes about {sizes}")
-
-@contextmanager
-def one_line(parser):
-    """Bad input becomes one line on stderr, and status 2."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        parser.error(f"there is no {error.filename}")
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
 
 def write_whole(path, content):
     """A JSON file that appears complete or not at all; NaN becomes null."""
@@ -247,15 +222,3 @@ class Progress:
     def clear(self):
         if self.terminal:
             self.write("")
-
-def run(main):
-    """A script's main(): a closed pipe ends it quietly, a full disk with one line."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        status = main()
-        sys.stdout.flush()
-    except OSError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: cannot write: {error.strerror}\n")
-        os._exit(1)  # without another try to write the rest
-    sys.exit(status)

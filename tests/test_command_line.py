@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ import torch
 
 import specdec
 from conftest import make_gpt
-from model import DraftHeads, make_encoding, save_checkpoint, save_heads
+from model import BadInput, DraftHeads, make_encoding, save_checkpoint, save_heads
+from train_tiny import PRESETS
 
 ROOT = Path(__file__).parent.parent
 BYTES = {bytes([i]): i for i in range(256)}
@@ -56,9 +58,10 @@ def story(pair, capsys, monkeypatch):
 
 
 def test_the_whole_story_from_a_shell(pair):
-    result = run("--checkpoints", pair, "--max-new-tokens", 6, "-k", 3, "--prompt", "ab")
+    result = run("--checkpoints", pair, "--max-new-tokens", 6, "-k", 3, "--prompt-file", "-")
     assert (result.returncode, result.stderr) == (0, "")
     out = result.stdout
+    assert "The prompt: 'ab'" in out  # from standard input
     assert out.startswith("The target: ")
     for words in ("\nGreedy: ", "\nTemperature 1: ", "acceptance rate", "predicted", "\nNext: "):
         assert words in out
@@ -111,11 +114,10 @@ def test_k_chosen_for_you_and_another_tree_and_dtype(story):
     assert "Greedy" in story("--dtype", "bfloat16")
 
 
-def test_prompts_from_files(pair, tmp_path):
+def test_prompts_from_files(story, tmp_path, monkeypatch):
     (tmp_path / "text").write_text("héllo\n", encoding="utf-8")
-    options = "--checkpoints", pair, "--max-new-tokens", 2, "--temperature", 0, "--prompt-file"
-    assert "The prompt: 'héllo\\n'" in run(*options, tmp_path / "text").stdout
-    assert "The prompt: 'ab'" in run(*options, "-").stdout
+    out = story("--temperature", "0", "--prompt-file", str(tmp_path / "text"))
+    assert "The prompt: 'héllo\\n'" in out
 
 
 def test_trace_shows_the_very_coins(story, monkeypatch):
@@ -185,58 +187,60 @@ def test_something_is_there_within_seconds():
     assert max(map(len, out.splitlines())) <= 100
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["-k", "0"], "k is 0"),
-        (["--temperature", "-1"], "temperature is -1"),
-        (["--top-p", "0"], "top-p is 0"),
-        (["--top-p", "1.5"], "top-p is 1.5"),
-        (["--top-k", "0"], "top-k is 0"),
-        (["--prompt", ""], "prompt is empty"),
-        (["--prompt-file", "/nowhere"], "/nowhere is missing"),
-        (["--max-new-tokens", "0"], "--max-new-tokens at least 1"),
-        (["-k", "100000"], "k is 100000"),
-        (["--seed", "-1"], "seed is -1"),
-        (["--seed", str(2**70)], "seed is"),
-        (["--max-new-tokens", "256"], "block_size is 256"),
-        (["--batch", "0"], "--batch must be 1 to 256"),
-        (["--threads", "0"], "--threads must be 1 to"),
-        (["--threads", "100000"], "--threads must be 1 to"),
-        (["--device", "abacus"], "no device 'abacus'"),
-        (["--checkpoints", "/nowhere"], "/nowhere/large.pt is missing; `python train_tiny.py"),
-        (["--temperature", "warm"], "invalid float value: 'warm'"),
-        (["--beam"], "unrecognized arguments: --beam"),
-        (["-k", "many"], "k is many"),
-        (["--drafter", "oracle"], "invalid choice: 'oracle'"),
-        (["--rule", "optimism"], "invalid choice: 'optimism'"),
-        (["--drafter", "tree", "--tree", "2,0"], "widths of a tree are 2,0"),
-        (["--drafter", "tree", "--tree", "2,x"], "invalid literal"),
-        (["--tree", "2,2"], "--tree is for --drafter tree"),
-        (["--drafter", "tree", "--rule", "block"], "rule of its own"),
-        (["--drafter", "tree", "--tree", "500,500"], "a tree of 250500 guesses"),
-        (["--trace", "--rule", "block"], "--trace is for the rejection rule"),
-        (["--trace", "--batch", "2"], "one row"),
-        (["--drafter", "tree", "-k", "3"], "leave out -k"),
-        (["--batch", "1" + 20 * "0"], "--batch must be 1 to 256"),
-    ],
-)
-def test_bad_input_gets_one_line_and_status_2(pair, capsys, options, message):
-    with pytest.raises(SystemExit) as exit:
-        first = ["--checkpoints", str(pair), "--prompt", "x", "--max-new-tokens", "4"]
-        specdec.main([*first, "--threads", "1", *options])
-    out, err = capsys.readouterr()
-    assert exit.value.code == 2 and out == ""
-    assert message in err and err.count("\n") == 1
+BEFORE = [  # before anything is loaded
+    (["--temperature", "-1"], "temperature is -1"),
+    (["--temperature", "nan"], "temperature is nan"),
+    (["--temperature", "warm"], "invalid float value: 'warm'"),
+    (["--top-p", "0"], "top-p is 0"),
+    (["--top-p", "1.5"], "top-p is 1.5"),
+    (["--top-k", "0"], "top-k is 0"),
+    (["--seed", "-1"], "seed is -1"),
+    (["--seed", str(2**70)], "seed is"),
+    (["--max-new-tokens", "0"], "--max-new-tokens at least 1"),
+    (["--batch", "0"], "--batch must be 1 to 10000"),
+    (["--batch", "1" + 20 * "0"], "--batch must be 1 to 10000"),
+    (["--threads", "0"], "--threads must be 1 to"),
+    (["--threads", "100000"], "--threads must be 1 to"),
+    (["--prompt-file", "/nowhere"], "No such file or directory: '/nowhere'"),
+    (["--checkpoints", "/nowhere"], "`python train_tiny.py --checkpoints /nowhere` makes it"),
+    (["--beam"], "unrecognized arguments: --beam"),
+    (["--drafter", "oracle"], "invalid choice: 'oracle'"),
+    (["--rule", "optimism"], "invalid choice: 'optimism'"),
+    (["--tree", "2,2"], "--tree is for trees"),
+    (["--drafter", "tree", "-k", "3"], "-k for all others"),
+    (["--trace", "--rule", "block"], "--trace is for the rejection rule"),
+    (["--trace", "--batch", "2"], "one row"),
+]
+AFTER = [
+    (["-k", "0"], "k is 0"),
+    (["-k", "100000"], "k is 100000"),
+    (["-k", "many"], "k is many"),
+    (["--prompt", ""], "prompt is empty"),
+    (["--max-new-tokens", "256"], "block_size is 256"),
+    (["--device", "abacus"], "no device 'abacus'"),
+    (["--drafter", "tree", "--tree", "2,0"], "widths of a tree are 2,0"),
+    (["--drafter", "tree", "--tree", "2,x"], "widths of a tree are 2,x"),
+    (["--drafter", "tree", "--tree", "500,500"], "a tree of 250500 guesses"),
+    (["--drafter", "tree", "--rule", "block"], "rule of its own"),
+]
 
 
-def test_pairs_that_do_not_fit_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize("options, message", BEFORE + AFTER)
+def test_bad_input_is_refused(pair, refusal, options, message):
+    first = ["--checkpoints", pair, "--prompt", "x", "--max-new-tokens", "4", "--threads", "1"]
+    assert message in refusal(specdec.main, [*first, *options])
+
+
+def test_numbers_are_refused_before_anything_is_loaded(refusal):
+    """There is no such pair, and nobody notices."""
+    for words, message in BEFORE:
+        assert message in refusal(specdec.main, ["--checkpoints", "/nowhere", *words])
+
+
+def test_pairs_that_do_not_fit_are_refused(tmp_path, refusal):
     def refused(message, *options):
-        with pytest.raises(SystemExit) as exit:
-            first = ["--checkpoints", str(tmp_path), "--prompt", "x", "--max-new-tokens", "9"]
-            specdec.main([*first, "--threads", "1", *options])
-        out, err = capsys.readouterr()
-        assert exit.value.code == 2 and out == "" and message in err and err.count("\n") == 1
+        first = ["--checkpoints", tmp_path, "--prompt", "x", "--max-new-tokens", "9"]
+        assert message in refusal(specdec.main, [*first, "--threads", "1", *options])
 
     permuted = dict(zip(BYTES, list(range(1, 256)) + [0]))
     for options, message in (
@@ -256,7 +260,47 @@ def test_pairs_that_do_not_fit_are_refused(tmp_path, capsys):
     refused("damaged, or not a checkpoint")
 
 
-def test_from_a_shell_without_a_traceback(tmp_path):
-    result = run("--checkpoints", tmp_path)
+def test_from_a_shell_without_a_traceback(pair, tmp_path):
+    result = run("--checkpoints", tmp_path / "nothing")
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and "large.pt" in result.stderr
+    short = f"{sys.executable} specdec.py --checkpoints {pair} --max-new-tokens 2 --temperature 0"
+    for where, words in (("/dev/full", "No space left"), ("&-", "standard output is closed")):
+        if where == "&-" or Path(where).exists():
+            options = {"shell": True, "cwd": ROOT, "capture_output": True, "text": True}
+            result = subprocess.run(f"{short} > {where}".replace("> &", ">&"), **options)
+            assert result.returncode == 2 and words in result.stderr
+            assert result.stderr.count("\n") == 1 and result.stderr.startswith("specdec.py: error:")
+
+
+def test_a_script_makes_a_line_of_what_a_user_can_mend_and_of_nothing_else(monkeypatch, capsys):
+    class Exit(Exception):
+        pass
+
+    def end(status):
+        raise Exit(status)
+
+    def script(error):
+        def main():
+            raise error
+
+        return main
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for error in (BadInput("two\nlines"), OSError("disk"), UnicodeDecodeError("x", b"", 0, 1, "y")):
+        with pytest.raises(Exit, match="2"):
+            specdec.run_script(script(error))
+        assert capsys.readouterr().err.count("\n") == 1
+    for error in (ValueError, KeyError, RuntimeError, NotImplementedError, MemoryError):
+        with pytest.raises(error):
+            specdec.run_script(script(error("ours")))
+    with pytest.raises(SystemExit) as exit:
+        specdec.run_script(lambda: 1)
+    assert exit.value.code == 1
+
+
+def test_the_default_prompt_fits_every_preset():
+    """A token is at least one byte, so this many tokens are the most."""
+    shortest = min(preset.block_size for preset in PRESETS.values())
+    assert len(specdec.PROMPT.encode()) + 48 <= shortest

@@ -13,7 +13,7 @@ import torch
 from conftest import make_gpt, make_heads
 from model import (
     GPT, GPTConfig, Packed, fingerprint, has_float16, load_checkpoint, load_heads, load_pair,
-    make_encoding, save_checkpoint, save_heads, save_whole, seconds_of_calls,
+    make_encoding, save_checkpoint, save_heads, save_whole,
 )  # fmt: skip
 
 
@@ -331,20 +331,3 @@ def test_heads_belong_to_one_target(tmp_path):
         other.wte.weight[token, token] += 0.5
         with pytest.raises(ValueError, match="belong to another target"):
             load_heads(file, other)
-
-
-# -- time
-
-
-def test_seconds_of_calls_by_hand(monkeypatch):
-    """Each is called twice at its turn and timed the second time; of several turns, the median."""
-    clock, called = [0.0], []
-    times = {"a": iter([9, 1, 9, 5, 9, 3]), "b": iter([9, 4, 9, 2, 9, 9])}
-
-    def call(name):
-        called.append(name)
-        clock[0] += next(times[name])
-
-    monkeypatch.setattr("model.now", lambda: clock[0])
-    seconds = seconds_of_calls({name: lambda name=name: call(name) for name in times}, repeats=3)
-    assert seconds == {"a": 3, "b": 4} and "".join(called) == "aabb" * 3
