@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -811,6 +812,8 @@ BAD = [
     ({"drafter": DRAFT}, "a drafter has start, propose and commit"),
     ({"drafter": ModelDrafter}, "a drafter has start, propose and commit"),
     ({"drafter": "ngram"}, "a drafter has start, propose and commit"),
+    ({"drafter": HeadsDrafter(DRAFT)}, "HeadsDrafter takes heads"),
+    ({"drafter": TreeDrafter(DRAFT, (2,))}, "token by token"),
 ]
 
 
@@ -822,6 +825,57 @@ def test_bad_arguments_are_refused_at_once(options, message):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=message):
         rounds(TARGET, **options)  # before the first round
+
+
+SHARED = {
+    "model": lambda: ModelDrafter(DRAFT),
+    "heads": lambda: HeadsDrafter(make_heads(2, 7, 16)),
+    "tree": lambda: TreeDrafter(ModelDrafter(DRAFT), (2, 1)),
+    "tree of heads": lambda: TreeDrafter(HeadsDrafter(make_heads(2, 7, 16)), (2, 1)),
+}
+
+
+@pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
+@pytest.mark.parametrize("options", [{}, {"k": "auto"}, {"rule": "coupled"}], ids=str)
+def test_a_drafter_in_use_says_so(make, options):
+    """Two generations in turns on one drafter: the first is told, the second goes on."""
+    drafter = make()
+    if isinstance(drafter, TreeDrafter) and options:
+        pytest.skip("a tree has a rule and a shape of its own")
+    first, second = (rounds(TARGET, p, 30, drafter, **options, seed=0) for p in (PROMPT, PROMPTS))
+    for _ in range(5):  # in which k="auto" begins to guess
+        next(first)
+    next(second)
+    with pytest.raises(ValueError, match="in use by another generation"):
+        for _ in first:
+            pass
+    assert sum(r.n_new for r in second).min() > 0
+    expected = generate(TARGET, PROMPT, 9, drafter=make(), **options, seed=0).tokens
+    if "k" not in options:  # and after that it can be used again
+        assert generate(TARGET, PROMPT, 9, drafter=drafter, **options, seed=0).tokens == expected
+
+
+def test_an_ngram_drafter_serves_two_generations_in_turns():
+    drafter, prompts, texts = NGramDrafter(), (PROMPT, PROMPT[:3]), ([], [])
+    both = [rounds(TARGET, prompt, 9, drafter, seed=0) for prompt in prompts]
+    for turn in itertools.zip_longest(*both):
+        for text, r in zip(texts, turn):
+            text.extend(r.tokens[0, : r.n_new[0]].tolist() if r else [])
+    for text, prompt in zip(texts, prompts):
+        assert [text] == generate(TARGET, prompt, 9, drafter=NGramDrafter(), seed=0).tokens
+
+
+def test_batches_too_large_for_memory_are_refused_at_once(monkeypatch):
+    """35 tokens of 56 logits and 2 x 16 keys and values, 8 bytes each, in every row, and a tenth."""
+    prompts = PROMPT.expand(50_000, -1)
+    for free, word in ((1_000_000, "take about 1.2 GB of memory; 1.0 GB are free"), (10**9, None)):
+        lines = f"MemTotal: 9 kB\nMemFree: 7 kB\nMemAvailable:  {free} kB\nBuffers: 1 kB\n"
+        monkeypatch.setattr(Path, "read_text", lambda self: lines)
+        if word:
+            with pytest.raises(ValueError, match=word):
+                rounds(TARGET, prompts, 30, ModelDrafter(DRAFT), k=40)
+        else:
+            rounds(TARGET, prompts, 30, ModelDrafter(DRAFT), k=40)
 
 
 @pytest.mark.parametrize("eos", [-1, 7, "x", [], [9]])

@@ -355,7 +355,7 @@ def test_trees_in_a_ragged_batch():
     assert_exact(target, None, [[1, 0, 1], [0]], 2, 1, [1], drafter=tree)
 
 
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("rule", ["rejection", "block", "coupled", "tree"])
 def test_what_follows_an_impossible_token_may_be_broken(rule, broken):
     """Nobody ever writes token 1 after token 0 at an even position, though the draft guesses it. So
