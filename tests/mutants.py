@@ -9,6 +9,7 @@ A mutant replaces one piece of the real source. It must occur there exactly once
 longer applies is an error.
 """
 
+import gc
 import multiprocessing
 import os
 import re
@@ -25,7 +26,7 @@ import pytest
 # torch once and for all.
 METHODS = multiprocessing.get_all_start_methods()
 PROCESSES = multiprocessing.get_context("forkserver" if "forkserver" in METHODS else "spawn")
-PROCESSES.set_forkserver_preload(["torch", "hypothesis.strategies"])
+PROCESSES.set_forkserver_preload(["torch", "tiktoken", "pytest", "hypothesis.strategies"])
 
 ROOT = Path(__file__).parent.parent
 FILES = ("kvcache.py", "model.py", "specdec.py", "train_tiny.py")  # and the folder tests/
@@ -768,6 +769,7 @@ def run_pytest(words, folder):
 
 
 def _run_pytest(words, folder, out):
+    gc.freeze()  # what PyTorch has imported is not to be searched for garbage
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     out = os.open(out, os.O_WRONLY | os.O_CREAT)

@@ -58,15 +58,19 @@ def story(pair, capsys, monkeypatch):
 
 
 def test_the_whole_story_from_a_shell(pair):
-    result = run("--checkpoints", pair, "--max-new-tokens", 6, "-k", 3, "--prompt-file", "-")
+    words = "--max-new-tokens", 6, "-k", 3, "--prompt-file", "-", "--temperature", 0
+    result = run("--checkpoints", pair, *words)
     assert (result.returncode, result.stderr) == (0, "")
-    out = result.stdout
-    assert "The prompt: 'ab'" in out  # from standard input
+    assert "The prompt: 'ab'" in result.stdout  # from standard input
+    assert "\033" not in result.stdout  # no colours where there is no terminal
+
+
+def test_the_whole_story(story):
+    out = story()
     assert out.startswith("The target: ")
     for words in ("\nGreedy: ", "\nTemperature 1: ", "acceptance rate", "predicted", "\nNext: "):
         assert words in out
     assert "same text: yes" in out.split("Temperature 1")[0]
-    assert "\033" not in out  # no colours where there is no terminal
     assert max(map(len, out.splitlines())) <= 100
 
 

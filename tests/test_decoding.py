@@ -114,8 +114,16 @@ NO_TREE = {name: make for name, make in ALL.items() if name != "tree"}
 any_chain = pytest.mark.parametrize("make", NO_TREE.values(), ids=NO_TREE)
 
 
+PLAIN = {}  # what is asked for again and again
+
+
 def greedy(prompt, n, **options):
-    return generate(TARGET, prompt, n, temperature=0, **options).tokens
+    if options.get("drafter"):
+        return generate(TARGET, prompt, n, temperature=0, **options).tokens
+    key = str((prompt, n, options))
+    if key not in PLAIN:
+        PLAIN[key] = generate(TARGET, prompt, n, temperature=0, **options).tokens
+    return PLAIN[key]
 
 
 def cut_at(eos, rows):
@@ -306,14 +314,15 @@ def test_several_end_tokens(make, prompts):
     """The first of any of them ends a row, given as a list, a tuple, a set or a tensor."""
     plain = greedy(prompts, 30)
     collections = itertools.cycle((list, set, tuple, torch.tensor))
-    for pair, collection in zip(itertools.combinations(range(7), 2), collections):
+    for i, collection in zip(range(7), collections):
+        pair = i, (i + 3) % 7
         eos, expected = collection(pair), cut_at(pair, plain)
         assert greedy(prompts, 30, drafter=make(), k=3, eos=eos) == expected
 
 
 def test_several_end_tokens_in_plain_decoding():
     plain = greedy(PROMPTS, 30)
-    for n in range(1, 8):
+    for n in (2, 6, 7):
         for eos in itertools.combinations(range(7), n):
             assert greedy(PROMPTS, 30, eos=eos) == cut_at(eos, plain)
 

@@ -6,7 +6,6 @@ file would miss is stated too: `visible_tv` is the total variation that one test
 probability.
 """
 
-import functools
 import itertools
 import math
 from statistics import NormalDist
@@ -53,7 +52,6 @@ def make_drafters():
     }
 
 
-@functools.cache
 def sample(k, seed, n=N, drafter="model", **options):
     """Counts (V ** LENGTH,) of the texts that n rows emit, and the acceptance rate.
 
@@ -89,11 +87,24 @@ def assert_exact(counts, n, **options):
     assert p > LEVEL, f"TV {tv:.4f}, by chance {chance:.4f}, visible from {visible:.4f}"
 
 
-@pytest.mark.parametrize("k", [0, 1, 3, 4])
+@pytest.mark.parametrize("k", [1, 4])
 def test_samples_follow_the_exact_distribution(k):
     counts, alpha = sample(k, seed=k)
     assert_exact(counts, N)
-    assert k == 0 or 0.3 < alpha < 0.8  # guesses were rejected, so the residual was drawn from
+    assert 0.3 < alpha < 0.8  # guesses were rejected, so the residual was drawn from
+
+
+def test_plain_decoding_and_speculation_follow_it_and_agree_with_each_other():
+    """Two samples of equal size: sum (a - b)^2 / (a + b) is chi-square with one degree of freedom
+    less than there are cells."""
+    (plain, _), (speculative, alpha) = sample(0, seed=0), sample(3, seed=3)
+    assert_exact(plain, N)
+    assert_exact(speculative, N)
+    assert 0.3 < alpha < 0.8
+    rare = exact() * N < 10  # pooled
+    a, b = (torch.cat((x[~rare], x[rare].sum()[None])) for x in (plain, speculative))
+    x2 = ((a - b) ** 2 / (a + b).clamp(min=1)).sum()
+    assert torch.special.gammaincc(torch.tensor((len(a) - 1) / 2).double(), x2 / 2) > LEVEL
 
 
 @pytest.mark.parametrize("drafter, rule, options", [
@@ -115,16 +126,6 @@ def test_the_lossy_rule_is_caught():
     counts, _ = sample(2, 5, N // 4, rule=accept_typical_lossy)
     _, cells, p, tv, chance = pearson(counts, exact() * (N // 4))
     assert p < 1e-9 and tv > 3 * chance
-
-
-def test_speculation_and_plain_decoding_agree_with_each_other():
-    """Two samples of equal size: sum (a - b)^2 / (a + b) is chi-square with one degree of freedom
-    less than there are cells."""
-    samples = sample(0, seed=0)[0], sample(3, seed=3)[0]
-    rare = exact() * N < 10  # pooled
-    plain, speculative = (torch.cat((x[~rare], x[rare].sum()[None])) for x in samples)
-    x2 = ((plain - speculative) ** 2 / (plain + speculative).clamp(min=1)).sum()
-    assert torch.special.gammaincc(torch.tensor((len(plain) - 1) / 2).double(), x2 / 2) > LEVEL
 
 
 def test_a_subtly_wrong_rule_is_caught():

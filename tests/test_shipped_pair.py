@@ -62,7 +62,7 @@ def test_greedy_text_is_the_targets(pair):
 def test_samples_follow_the_targets_own_distribution(pair, capsys):
     """check.py with fewer samples: two tokens' joint distribution, for both ways of decoding."""
     target, draft, encoding = pair
-    prompt = torch.tensor(encoding.encode_ordinary("    return self."))
+    prompt = torch.tensor(encoding.encode_ordinary("\n    "))
     decoders = {"plain": (None, 1, "rejection"), "draft": (ModelDrafter(draft), 2, "rejection")}
     level = FALSE_ALARM / N_P_VALUES
     assert check(target, decoders, encoding, prompt, seed=1, n=2000, level=level)
@@ -71,7 +71,7 @@ def test_samples_follow_the_targets_own_distribution(pair, capsys):
 
 def test_check_finds_a_wrong_rule(pair, capsys):
     target, draft, encoding = pair
-    prompt = torch.tensor(encoding.encode_ordinary("import "))
+    prompt = torch.tensor(encoding.encode_ordinary("\n    "))
     decoders = {"draft": (ModelDrafter(draft), 2, wrong_rule)}
     assert not check(target, decoders, encoding, prompt, seed=1, n=2000)
     assert "MISMATCH: draft does not follow" in capsys.readouterr().out
