@@ -793,7 +793,7 @@ def run_script(main):  # what a user can mend becomes one line; Ctrl-C and `| he
     except (BadInput, UnicodeError, OSError) as error:
         words = " ".join(str(error).split())
         print(f"{sys.argv[0]}: error: {words}", file=sys.stderr, flush=True)
-        os._exit(2)  # at once: to a full disk nothing more can be written
+        sys.exit(2)
     sys.exit(status)
 
 if __name__ == "__main__":

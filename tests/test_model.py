@@ -252,8 +252,16 @@ def test_foreign_and_truncated_and_missing_checkpoints_are_refused(tmp_path, enc
     for name in ("foreign", "half", "byte", "incomplete", "vocabulary", "padded"):
         with pytest.raises(ValueError, match="damaged, or not a checkpoint"):
             load_checkpoint(tmp_path / f"{name}.pt")
-    with pytest.raises(FileNotFoundError):
-        load_checkpoint(tmp_path / "missing.pt")
+
+
+def test_what_is_missing_can_be_made_or_restored(tmp_path):
+    """In the folder that was named; where a run was interrupted there, it goes on."""
+    command = f"`python train_tiny.py --checkpoints {tmp_path}`"
+    for words in (f"{command} makes it", f"{command} goes on with it"):
+        with pytest.raises(FileNotFoundError) as error:
+            load_checkpoint(tmp_path / "missing.pt")
+        assert f"missing.pt is missing; {words}; `git checkout checkpoints`" in str(error.value)
+        (tmp_path / "partial.pt").touch()
 
 
 # -- the pair and its heads
