@@ -2,7 +2,7 @@
 
     python train_tiny.py                      # corpus: the Python standard library of this machine
     python train_tiny.py --data my_texts/     # any text file or folder
-    python train_tiny.py --preset tiny-cpu    # a smoke run, under 2 minutes on 2 cores
+    python train_tiny.py --preset tiny-cpu    # a smoke run, about a minute on 2 cores
     python train_tiny.py --distill            # keep large, go on with tiny, new heads
 
 Ctrl-C saves everything to checkpoints/partial.pt, and the same command goes on from there.
@@ -24,18 +24,20 @@ import sys
 import sysconfig
 import time
 import zlib
+from collections import Counter
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import regex  # what tiktoken splits with
 import torch
 import torch.nn.functional as F
-from tiktoken._educational import bpe_train
 
 from model import (
     CHECKPOINTS, GPT, BadInput, DraftHeads, GPTConfig, find_device, fingerprint, load_pair,
-    load_whole, make_encoding, now, save_checkpoint, save_heads, save_whole, target_state_size,
-    target_states,
+    load_whole, make_encoding, need, now, save_checkpoint, save_heads, save_whole,
+    target_state_size, target_states,
 )  # fmt: skip
 from specdec import rounds, run_script
 
@@ -48,41 +50,112 @@ class Preset:
     n_heads_embd: int  # width of the draft heads
     batch_size: int  # windows per step
     written: int  # batches of 128 windows that large writes
-    steps: tuple  # of large with half of its layers, large, tiny, distillation, each kind of heads
+    steps: tuple  # of the stages that train something, in the order of STAGES
     sample: int  # characters of the corpus that the tokenizer is trained on
 
 PRESETS = {
     "tiny-cpu": Preset(
-        512, 128, (4, 4, 128), (1, 2, 64), 64, 16, 2, (100, 100, 200, 200, 100), 60_000
+        512, 128, (4, 4, 64), (1, 2, 32), 32, 8, 1, (60, 60, 100, 100, 40, 40), 60_000
     ),
     "cpu": Preset(
-        1024, 512, (24, 4, 224), (1, 4, 144), 192, 8, 18, (4000, 2500, 2500, 2500, 2800), 200_000
+        1024, 512, (24, 4, 224), (1, 4, 144), 192, 8, 18,
+        (4000, 2500, 2500, 2500, 2800, 2800), 200_000,
     ),
     "gpu": Preset(
         1024, 1024, (12, 12, 768), (2, 4, 128), 256, 64, 64,
-        (1500, 1500, 2000, 10000, 5000), 200_000,
+        (1500, 1500, 2000, 10000, 5000, 5000), 200_000,
     ),
 }  # fmt: skip
-STAGES = {  # what is trained, and its highest learning rate
+STAGES = {  # in this order: the name, and the highest learning rate where something is trained
     "shallow": ("large, half of its layers", 2e-3),
     "large": ("large, all layers", 1.5e-3),
     "tiny": ("tiny, on text", 4e-3),
+    "write": ("large writes", None),
+    "read": ("large reads what it wrote", None),
     "distil": ("tiny, distilled", 1e-3),
     "markov": ("heads that see the token just guessed", 5e-3),
     "blind": ("blind heads", 5e-3),
+    "measure": ("measuring", None),
 }
 N_AHEAD = 4  # positions that the heads are trained on
 
 # GPT-2's: a word keeps the space before it; letters, digits and signs never share a token.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+# -- how far it is, and Ctrl-C ---------------------------------------------------------------------
+
+def duration(seconds):
+    """3725 -> "1 h 02 min", 65 -> "1 min 05 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+class Progress:
+    """One line: how much of a stage is done, and the time left of the whole run.
+
+    In a terminal it is rewritten every second. Elsewhere a new line comes after 3 seconds, and the
+    next ones ever more rarely.
+    """
+
+    def __init__(self, unit, total, done=0, later=None):
+        """later: what all later stages take, in seconds. None: not known, and no time is shown."""
+        self.unit, self.total, self.done, self.later = unit, total, done, later
+        self.first = done
+        self.start, self.shown = time.perf_counter(), 0
+        self.in_place = sys.stdout.isatty()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.in_place and self.shown:
+            print()
+
+    def show(self, words=lambda seconds: ""):
+        """One more is done. words: of the seconds that each took; called only if they are shown."""
+        self.done += 1
+        passed = time.perf_counter() - self.start
+        wait = 1 if self.in_place else max(3, passed / 10)
+        complete = self.done == self.total and self.later is not None
+        if passed - self.shown < wait and not complete:
+            return
+        self.shown = passed
+        seconds = passed / (self.done - self.first)
+        line = f"  {self.unit} {self.done:5}/{self.total}{words(seconds)}"
+        if self.later is not None:
+            left = seconds * (self.total - self.done) + self.later
+            line += f"  {duration(left)} left in all"
+        print(line.ljust(79) + "\r" if self.in_place else line + "\n", end="", flush=True)
+
+    def watch(self, items):
+        """The same items. Each counts as done when the next one is asked for."""
+        for item in items:
+            yield item
+            self.show()
+
+@contextmanager
+def uninterrupted():
+    """Ctrl-C does not interrupt the block, but adds to a list that the block can look at."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+class Interrupted(Exception):
+    pass
+
 # -- the corpus ------------------------------------------------------------------------------------
 
 def read_corpus(path=None):
-    """[(name, text)] of a text file, of all in a folder, or of the Python standard library.
+    """Of a text file, of all in a folder, or of the Python standard library.
 
-    Files that are not UTF-8 are passed over. OSError: path cannot be read.
+    -> [(name, text)], and how many files were passed over since they are not UTF-8.
+    OSError: path cannot be read. ValueError: there is no text.
     """
+    need(path != "", "the path of --data is empty")
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         others = {"site-packages", "dist-packages"}
@@ -91,13 +164,16 @@ def read_corpus(path=None):
         root = Path(path)
         files = [root] if not root.is_dir() else [f for f in root.rglob("*") if f.is_file()]
     documents = []
-    for file in sorted(files):
-        try:
-            text = file.read_text(encoding="utf-8")
-            documents.append((file.relative_to(root).as_posix(), text))
-        except UnicodeDecodeError:
-            pass
-    return documents
+    with Progress("file", len(files)) as progress:
+        for file in progress.watch(sorted(files)):
+            try:
+                text = file.read_text(encoding="utf-8")
+                documents.append((file.relative_to(root).as_posix(), text))
+            except UnicodeDecodeError:
+                pass
+    n_passed_over = len(files) - len(documents)
+    need(documents, f"no UTF-8 text in {root}; files passed over: {n_passed_over}")
+    return documents, n_passed_over
 
 def split_corpus(documents):
     """Training texts and held-out texts, about 19 : 1.
@@ -114,23 +190,52 @@ def split_corpus(documents):
     return train, held_out
 
 def train_tokenizer(texts, vocab_size, sample):
-    """Byte-pair encoding, by tiktoken's own trainer, of `sample` characters from all the texts."""
+    """Byte-pair encoding of `sample` characters from all the texts.
+
+    Tokens are single bytes at first. Then, again and again, the two that are neighbours most often
+    become one.
+    ValueError: no neighbours are left, as the corpus is too small.
+    """
     text = "".join(texts)
     n_pieces = max(1, sample // 2000)
-    step = max(1, len(text) // n_pieces)
+    step = max(2000, len(text) // n_pieces)
     pieces = "".join(text[i : i + 2000] for i in range(0, len(text), step))[:sample]
-    try:
-        ranks = bpe_train(pieces, vocab_size - 1, SPLIT_PATTERN, visualise=None)
-    except ValueError:  # no pair is left to merge
-        few = f"corpus too small: it does not yield {vocab_size} different tokens"
-        raise BadInput(few) from None
+    counts = Counter(regex.findall(SPLIT_PATTERN, pieces))
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
+    ranks = {bytes([b]): b for b in range(256)}
+    n_merges = vocab_size - 1 - len(ranks)  # one id is the separator's
+    with Progress("merge", n_merges) as progress:
+        for _ in progress.watch(range(n_merges)):
+            pairs = Counter()
+            for word, n in words:
+                for pair in zip(word, word[1:]):
+                    pairs[pair] += n
+            few = f"corpus too small: it does not yield {vocab_size} different tokens"
+            need(pairs, few)
+            pair = max(pairs, key=pairs.get)
+            token = pair[0] + pair[1]
+            ranks[token] = len(ranks)
+            for word, _ in words:
+                merge(word, pair, token)
     return make_encoding(SPLIT_PATTERN, ranks)
+
+def merge(word, pair, token):
+    """In a word, a list of tokens, put one token in the place of every such pair."""
+    if pair[0] in word:
+        i = 0
+        while i < len(word) - 1:
+            if (word[i], word[i + 1]) == pair:
+                word[i : i + 2] = [token]
+            i += 1
 
 def encode(encoding, texts):
     """All texts in one (N,) int32 tensor, each ended by the separator."""
     tokens = []
-    for text in encoding.encode_ordinary_batch(texts):
-        tokens += text + [encoding.eot_token]
+    batches = [texts[i : i + 64] for i in range(0, len(texts), 64)]
+    with Progress("batch", len(batches)) as progress:
+        for batch in progress.watch(batches):
+            for text in encoding.encode_ordinary_batch(batch):
+                tokens += text + [encoding.eot_token]
     return torch.tensor(tokens, dtype=torch.int32)
 
 # -- training --------------------------------------------------------------------------------------
@@ -272,9 +377,6 @@ def make_optimizers(model):
     muon = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)]
 
-class Interrupted(Exception):
-    pass
-
 class Run:
     """The stages of one training run.
 
@@ -283,6 +385,7 @@ class Run:
 
     def __init__(self, folder, settings, device, dtype):
         self.path, self.device = Path(folder) / "partial.pt", device
+        self.expected = {}  # seconds of each stage that is left
         self.state = {"settings": settings, "dtype": dtype}
         self.state |= {"finished": {}, "stage": None, "written": []}
         if self.path.exists():
@@ -291,9 +394,8 @@ class Run:
                 same = state["settings"] == settings and dtype in (None, state["dtype"])
             except Exception as error:
                 raise BadInput(f"{self.path} is damaged: delete it") from error
-            if not same:
-                advice = "finish that, or delete the file"
-                raise BadInput(f"{self.path} belongs to a run with other settings: {advice}")
+            advice = "finish that, or delete the file"
+            need(same, f"{self.path} belongs to a run with other settings: {advice}")
             self.state = state
             print(f"going on from {self.path}")
 
@@ -303,6 +405,41 @@ class Run:
 
     def save(self):
         save_whole(self.path, self.state)
+
+    def expect(self, stage, n, prepare):
+        """Time one call of what prepare() returns. The stage is made of n such calls."""
+        title, _ = STAGES[stage]
+        print(f"  {title:40}", end="", flush=True)
+        seconds = n * seconds_of_calls({stage: prepare()}, repeats=1)[stage]
+        print(duration(seconds), flush=True)
+        self.expected[stage] = seconds
+
+    def expect_training(self, stage, model, loss_of, steps):
+        """The same for a step of training, of a copy. A stage that is finished takes no time."""
+
+        def prepare():
+            copy, generator = deepcopy(model), torch.Generator()
+            optimizers = make_optimizers(copy)
+            return lambda: self.step(copy, optimizers, loss_of, generator)
+
+        if stage not in self.state["finished"]:
+            done = self.state["step"] if self.state["stage"] == stage else 0
+            self.expect(stage, steps - done, prepare)
+
+    def progress(self, stage, unit, total, done=0):
+        stages = list(STAGES)
+        later = stages[stages.index(stage) + 1 :]
+        return Progress(unit, total, done, sum(self.expected.get(s, 0) for s in later))
+
+    def step(self, model, optimizers, loss_of, generator):
+        with self.autocast():
+            loss = loss_of(model, generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
 
     def train(self, stage, model, loss_of, steps, seed, tokens_per_step):
         """Train model in place for `steps` steps, and return it.
@@ -316,7 +453,7 @@ class Run:
         title, peak = STAGES[stage]
         print(f"{title}: {steps} steps", flush=True)
         optimizers = make_optimizers(model)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + list(STAGES).index(stage) + 1)
         first = 0
         if self.state["stage"] == stage:
             first = self.state["step"]
@@ -324,107 +461,77 @@ class Run:
             for optimizer, saved in zip(optimizers, self.state["optimizers"]):
                 optimizer.load_state_dict(saved)
             generator.set_state(self.state["generator"])
-
-        interrupted = False
-
-        def interrupt(*_):  # Ctrl-C waits for the end of the step; a second one does not wait
-            nonlocal interrupted
-            interrupted = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        signal.signal(signal.SIGINT, interrupt)
-        progress = Progress(stage, first, steps, tokens_per_step)
-        try:
+        mean = None
+        with uninterrupted() as pressed, self.progress(stage, "step", steps, first) as progress:
             for step in range(first, steps):
                 warm_up = max(1, steps // 50)
                 fraction = min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
                 for optimizer in optimizers:
                     optimizer.param_groups[0]["lr"] = peak * fraction
-                with self.autocast():
-                    loss = loss_of(model, generator)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                progress.show(step + 1, loss)
-                if interrupted or (step + 1) % 500 == 0:
+                loss = self.step(model, optimizers, loss_of, generator)
+                mean = loss if mean is None else mean.lerp(loss, 0.05)
+                progress.show(
+                    lambda seconds: f"  loss {mean:.3f}  {tokens_per_step / seconds:,.0f} tokens/s"
+                )
+                if pressed or (step + 1) % 500 == 0:
                     self.state |= {"stage": stage, "step": step + 1, "model": model.state_dict()}
                     self.state["optimizers"] = [o.state_dict() for o in optimizers]
                     self.state["generator"] = generator.get_state()
                     self.save()
-                if interrupted:
-                    where = f"step {step + 1} of {steps} of {title}"
-                    raise Interrupted(f"stopped after {where}; the same command goes on there")
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            progress.close()
-        # A copy, since distillation goes on with the same model.
-        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-        self.state["finished"][stage] = weights
-        self.save()
+                    if pressed:
+                        where = f"step {step + 1} of {steps} of {title}"
+                        raise Interrupted(f"stopped after {where}; the same command goes on there")
+            self.state["finished"][stage] = model.state_dict()
+            self.save()
+        if pressed:
+            raise KeyboardInterrupt
         return model
-
-class Progress:
-    """One line with step, loss, speed and time left of a stage.
-
-    In a terminal it is rewritten every second; elsewhere a new one comes every 30 seconds.
-    """
-
-    def __init__(self, stage, first, steps, tokens_per_step):
-        self.stage, self.first, self.steps = stage, first, steps
-        self.tokens_per_step = tokens_per_step
-        self.start = time.perf_counter()
-        self.every = 1 if sys.stdout.isatty() else 30
-        self.shown = self.start
-        self.mean = None
-
-    def show(self, step, loss):
-        self.mean = loss.detach() if self.mean is None else self.mean.lerp(loss.detach(), 0.05)
-        now = time.perf_counter()
-        if now - self.shown < self.every and step not in (self.first + 1, self.steps):
-            return
-        self.shown = now
-        seconds = (now - self.start) / (step - self.first)
-        left = round(seconds * (self.steps - step))
-        speed = f"{self.tokens_per_step / seconds:7,.0f} tokens/s"
-        line = f"  step {step:5}/{self.steps}  loss {self.mean.item():.3f}  {speed}"
-        line += f"  {left // 60:3d} min {left % 60:02d} s left"
-        print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
-
-    def close(self):
-        if sys.stdout.isatty():
-            print()
 
 # -- what large writes -----------------------------------------------------------------------------
 
-def write(large, tokens, n, temperature, seed):
+def write(large, tokens, n, temperature, seed, watch=iter):
     """n texts by large of T = block_size tokens, (n, T) int32.
 
     They continue random stretches of `tokens`, of T / 16 tokens each.
+    watch: here and below, `Progress.watch` of a line to be shown meanwhile.
     """
     T = large.config.block_size
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(len(tokens) - T // 16 + 1, (n, 1), generator=generator)
     prompts = tokens[start + torch.arange(T // 16)].long().to(large.wte.weight.device)
     decoding = rounds(large, prompts, T - T // 16, temperature=temperature, seed=seed)
-    return torch.cat((prompts, *(r.tokens for r in decoding)), 1).int()
+    return torch.cat((prompts, *(r.tokens for r in watch(decoding))), 1).int()
 
 @torch.no_grad()
-def read(large, texts, autocast):
+def read(large, texts, autocast, watch=iter):
     """The `target_states` of large in texts (N, T): (N, T, n_state) bfloat16.
 
     They are kept on the CPU, for they may be many gigabytes.
     """
     states = torch.empty(*texts.shape, target_state_size(large.config), dtype=torch.bfloat16)
     with autocast():
-        for some, out in zip(texts.split(4), states.split(4)):
+        for some, out in watch(zip(texts.split(4), states.split(4))):
             some = some.long().to(large.wte.weight.device)
             cache = large.new_cache(len(some))
             _, hidden = large(some, cache)
             slots = torch.arange(some.shape[1], device=some.device).expand_as(some)
             out[:] = target_states(hidden, cache, slots)
     return states
+
+def writing_pass(large, n):
+    """A function that does one pass of large over n texts that are half written."""
+    half = large.config.block_size // 2
+    cache = large.new_cache(n)
+    cache.kv[..., : half + 1, :] = 1  # memory that nothing was written to is read more quickly
+    cache.extend(half)
+    token = torch.zeros(n, 1, dtype=torch.int64, device=cache.kv.device)
+
+    @torch.no_grad()
+    def one_pass():
+        large(token, cache)
+        cache.rollback(half)
+
+    return one_pass
 
 # -- what it came to -------------------------------------------------------------------------------
 
@@ -439,42 +546,59 @@ def held_out_windows(tokens, block_size, most=128):
     return tokens[start[:, None] + torch.arange(T)].long()
 
 @torch.no_grad()
-def held_out_loss(model, windows, device, autocast):
-    """Cross-entropy in nats per token."""
-    with autocast():
-        losses = [text_loss(model, window.to(device)[None]).item() for window in windows]
-    return sum(losses) / len(losses)
+def measure(large, drafts, windows, autocast, watch=iter):
+    """What windows (N, T + 1) int64 of text say of large and of each draft.
 
-@torch.no_grad()
-def held_out_alpha(large, tiny, windows, device, autocast):
-    """Acceptance rate at temperature 1 on held-out text, and its standard error.
-
-    The rate is E[sum min(target_probs, draft_probs)]. Tokens of one window are alike, so windows,
-    not tokens, are counted as independent.
+    -> losses (1 + drafts,), in nats per token, of large first; acceptance rates (drafts,) at
+    temperature 1, E[sum min(target_probs, draft_probs)]; and their standard errors (drafts,).
+    Tokens of one window are alike, so windows, not tokens, are counted as independent.
     """
-    means = []
-    for window in windows.to(device):
+    losses, alphas = [], []
+    for some in watch(windows.split(4)):
+        some = some.to(large.wte.weight.device)
         with autocast():
-            logits = [model(window[None, :-1])[0] for model in (large, tiny)]
-        target_probs, draft_probs = (x.float().softmax(-1) for x in logits)
-        means.append(torch.minimum(target_probs, draft_probs).sum(-1).mean().item())
-    means = torch.tensor(means)
-    return means.mean().item(), (means.std() / len(means) ** 0.5).item()
+            logits = [model(some[:, :-1])[0] for model in (large, *drafts)]
+        logits = torch.stack(logits).float()  # (1 + drafts, 4, T, V)
+        next_tokens = some[:, 1:].expand(len(logits), -1, -1)
+        loss = F.cross_entropy(logits.permute(0, 3, 1, 2), next_tokens, reduction="none")
+        losses.append(loss.mean(-1))
+        probs = logits.softmax(-1)
+        alphas.append(torch.minimum(probs[:1], probs[1:]).sum(-1).mean(-1))
+    losses, alphas = torch.cat(losses, 1), torch.cat(alphas, 1)  # (.., N)
+    return losses.mean(1), alphas.mean(1), alphas.std(1) / len(windows) ** 0.5
 
 @torch.no_grad()
-def heads_alpha(heads, wte, texts, states):
+def heads_alpha(heads, wte, texts, states, watch=iter):
     """Acceptance rate at temperature 1 in texts (N, T), and its standard error.
 
     -> 2 x (N_AHEAD,), of guesses 1..N_AHEAD
     """
     T = texts.shape[1]
-    start = torch.arange(T // 16, T - N_AHEAD, device=wte.device)[None]
+    start = torch.arange(T // 16, T - N_AHEAD, device=wte.device)  # (M,)
     means = []
-    for text, state in zip(texts.long().to(wte.device), states.to(wte.device)):
-        _, alphas = heads_loss(heads, wte, text[None], state[None], start)
-        means.append(alphas.mean(1))
-    means = torch.stack(means)
-    return means.mean(0), means.std(0) / len(means) ** 0.5
+    for some, own in watch(zip(texts.split(4), states.split(4))):
+        some, own = some.long().to(wte.device), own.to(wte.device)
+        _, alphas = heads_loss(heads, wte, some, own, start.expand(len(some), -1))
+        means.append(alphas.unflatten(1, (len(some), -1)).mean(-1))
+    means = torch.cat(means, 1)  # (N_AHEAD, N)
+    return means.mean(1), means.std(1) / len(texts) ** 0.5
+
+def report(losses, rates, of_guesses):
+    """Print what `measure` found: of large, tiny, tiny distilled, in two places; and `heads_alpha`.
+    """
+
+    def show(alphas, errors):
+        return [f"{alpha:.3f} +- {error:.3f}" for alpha, error in zip(alphas, errors)]
+
+    for title, loss in (("large", losses[0]), ("tiny", losses[2])):
+        print(f"held-out loss of {title}: {loss:.3f} nats per token")
+    for where, two in rates.items():
+        before, after = show(*two)
+        print(f"acceptance rate on {where}: {before}, after distillation {after}")
+    for kind, four in of_guesses.items():
+        title, _ = STAGES[kind]
+        print(f"acceptance rate there of {title}, at guesses 1 to {N_AHEAD}:")
+        print("   ", *show(*four))
 
 def seconds_of_calls(calls, repeats):
     """{name: function} -> {name: median seconds of a call}.
@@ -501,9 +625,11 @@ def faster_dtype(model, windows):
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=enabled):
             text_loss(model, windows).backward()
         model.zero_grad()
+        progress.show()
 
     calls = {"float32": lambda: step(False), "bfloat16": lambda: step(True)}
-    seconds = seconds_of_calls(calls, repeats=3)
+    with Progress("step", 3 * 2 * len(calls)) as progress:
+        seconds = seconds_of_calls(calls, repeats=3)
     return min(seconds, key=seconds.get)
 
 def main(argv=None):
@@ -524,41 +650,53 @@ def main(argv=None):
     try:
         run(args)
     except (Interrupted, KeyboardInterrupt) as error:
-        print(str(error) or "interrupted; what is in partial.pt is kept", file=sys.stderr)
+        print(str(error) or interruption(args.checkpoints / "partial.pt"), file=sys.stderr)
         sys.exit(130)
 
-def run(args):
-    device = find_device(args.device)
-    preset = PRESETS[args.preset or ("gpu" if device.type == "cuda" else "cpu")]
-    start = time.perf_counter()
-    if not 0 <= args.seed < 2**62:
-        raise BadInput(f"seed is {args.seed}; it must be 0 or more and below 2^62")
+def interruption(partial):
+    kept = f"{partial} is kept" if partial.exists() else f"there is no {partial} to go on from"
+    return f"interrupted; {kept}"
 
-    # The text.
-    texts, held_out_texts = split_corpus(read_corpus(args.data))
+def prepare(args, preset, device):
+    """-> large, with half of its layers, tiny, encoding; tokens to train on, and held out.
+
+    With --distill the models are those of the files.
+    """
+    print("reading the corpus", flush=True)
+    documents, n_passed_over = read_corpus(args.data)
+    texts, held_out_texts = split_corpus(documents)
     characters = f"{sum(map(len, texts)):,} characters"
     corpus = f"{len(texts)} training texts of {characters}, {len(held_out_texts)} held out"
+    if n_passed_over:
+        corpus += f"; passed over, as not UTF-8: {n_passed_over}"
     print(f"corpus: {corpus}", flush=True)
     torch.manual_seed(args.seed)
     if args.distill:
         large, tiny, encoding = load_pair(args.checkpoints, device, torch.float32)
     else:
+        print("training the tokenizer", flush=True)
         encoding = train_tokenizer(texts, preset.vocab_size, preset.sample)
         n_layer, *widths = preset.large
         sizes = preset.vocab_size, preset.block_size
         large = GPT(GPTConfig(*sizes, n_layer // 2, *widths)).to(device)
         tiny = GPT(GPTConfig(*sizes, *preset.tiny)).to(device)
-    block_size = large.config.block_size
+    print("making tokens of the corpus", flush=True)
     tokens, held_out = encode(encoding, texts), encode(encoding, held_out_texts)
-    if min(len(tokens), len(held_out)) < 2 * (block_size + 1):
-        sizes = f"{len(tokens)} tokens to train on, {len(held_out)} held out"
-        least = f"two windows of {block_size + 1} are the least"
-        raise BadInput(f"corpus too small: {sizes}; {least}")
-    args.checkpoints.mkdir(parents=True, exist_ok=True)
     sizes = f"{len(tokens):,} to train on, {len(held_out):,} held out"
+    window = large.config.block_size + 1
+    enough = min(len(tokens), len(held_out)) >= 2 * window
+    need(enough, f"corpus too small: tokens: {sizes}; two windows of {window} are the least")
     print(f"tokenizer: {encoding.n_vocab} tokens; {sizes}", flush=True)
+    return large, tiny, encoding, tokens, held_out
 
-    # Large and tiny, on text.
+def run(args):
+    device = find_device(args.device)
+    preset = PRESETS[args.preset or ("gpu" if device.type == "cuda" else "cpu")]
+    start = time.perf_counter()
+    need(0 <= args.seed < 2**62, f"seed is {args.seed}; it must be 0 or more and below 2^62")
+    large, tiny, encoding, tokens, held_out = prepare(args, preset, device)
+    block_size = large.config.block_size
+    args.checkpoints.mkdir(parents=True, exist_ok=True)
     settings = {"preset": asdict(preset), "seed": args.seed}
     settings["corpus"] = zlib.crc32(tokens.numpy().tobytes())
     settings["distill"] = [fingerprint(large), fingerprint(tiny)] if args.distill else None
@@ -566,79 +704,117 @@ def run(args):
     autocast = stages.autocast
     windows = held_out_windows(held_out, block_size)
     if stages.state["dtype"] is None:
-        stages.state["dtype"] = faster_dtype(large, windows[: preset.batch_size].to(device))
+        print("which is faster, float32 or bfloat16?", flush=True)
+        n = preset.batch_size if device.type == "cuda" else 1  # a small pass leaves a GPU idle
+        stages.state["dtype"] = faster_dtype(large, windows[:n].to(device))
     if not stages.path.exists():
         stages.save()  # now, not hours later, is the time to learn that it cannot
     print(f"on {device}, in {stages.state['dtype']}", flush=True)
+
+    # What is trained, and on what. Until large has written, text of the corpus stands in for its
+    # own, and zeros for its states, so that a step of each stage can be timed now.
+    deep = large if args.distill else grow(large)
+    own = windows[:4, :-1]
+    states = torch.zeros(*own.shape, target_state_size(deep.config), dtype=torch.bfloat16)
+    wte = deep.wte.weight.detach()
 
     def text_batch(model, generator):
         first = torch.randint(len(tokens) - block_size, (preset.batch_size, 1), generator=generator)
         batch = tokens[first + torch.arange(block_size + 1)].long()
         return text_loss(model, batch.to(device, non_blocking=True))
 
-    def train(stage, model, loss_of, steps, seed):
-        n_tokens = preset.batch_size * block_size
-        return stages.train(stage, model, loss_of, steps, args.seed + seed, n_tokens)
+    def own_batch(generator):
+        i = torch.randint(len(own), (preset.batch_size,), generator=generator)
+        return own[i].long().to(device), states[i].to(device)
 
+    def distillation_batch(model, generator):
+        return distillation_loss(model, wte, *own_batch(generator))
+
+    def heads_batch(model, generator):
+        batch = own_batch(generator)
+        start = torch.randint(block_size - N_AHEAD, (preset.batch_size, 128), generator=generator)
+        return heads_loss(model, wte, *batch, start.to(device))[0]
+
+    losses = {"shallow": text_batch, "large": text_batch, "tiny": text_batch}
+    losses |= {"distil": distillation_batch, "markov": heads_batch, "blind": heads_batch}
+    steps = dict(zip(losses, preset.steps))
+
+    def expect(stage, model):
+        stages.expect_training(stage, model, losses[stage], steps[stage])
+
+    def train(stage, model):
+        n_tokens = preset.batch_size * block_size
+        return stages.train(stage, model, losses[stage], steps[stage], args.seed, n_tokens)
+
+    def make_heads():
+        sizes = deep, preset.n_heads_embd
+        return {"markov": new_heads(*sizes, markov=True), "blind": new_heads(*sizes, markov=False)}
+
+    written = stages.state["written"]
+    n_passes = block_size - block_size // 16  # of large, to write a batch of texts
+    n_left = preset.written - len(written) + 1  # batches; the last one follows held-out text
+
+    def reading():
+        read(deep, own, autocast)
+
+    print("time that each stage will take, by one step of it:", flush=True)
+    with torch.random.fork_rng(devices=[]):  # what comes later draws as if this had not been
+        if not args.distill:
+            expect("shallow", large)
+            expect("large", deep)
+            expect("tiny", tiny)
+        stages.expect("write", n_left * n_passes, lambda: writing_pass(deep, 128))
+        stages.expect("read", 32 * preset.written + 16, lambda: reading)
+        expect("distil", tiny)
+        for kind, heads in make_heads().items():
+            expect(kind, heads)
+        stages.expect("measure", len(windows) / 4 + 3 * 16, lambda: reading)
+    print(f"  {'in all':40}{duration(sum(stages.expected.values()))}", flush=True)
+
+    # Large and tiny, on text.
     if not args.distill:
-        large = train("shallow", large, text_batch, preset.steps[0], seed=1)
-        large = train("large", grow(large), text_batch, preset.steps[1], seed=5)
-        tiny = train("tiny", tiny, text_batch, preset.steps[2], seed=2)
-    large.eval().requires_grad_(False)
+        deep = train("large", grow(train("shallow", large)))
+        tiny = train("tiny", tiny)
+    large = deep.eval().requires_grad_(False)
     wte = large.wte.weight
     for title, model in (("large", large), ("tiny", tiny)):
         print(f"{title}: {sum(p.numel() for p in model.parameters()):,} weights", flush=True)
-    heads = {
-        "markov": new_heads(large, preset.n_heads_embd, markov=True),
-        "blind": new_heads(large, preset.n_heads_embd, markov=False),
-    }
 
-    # Tiny and the heads, on what large writes: of three batches two at temperature 1, one greedy.
-    written = stages.state["written"]
-    while len(written) < preset.written:
-        i = len(written)
-        written.append(write(large, tokens, 128, float(i % 3 < 2), args.seed + 100 + i).cpu())
-        stages.save()
-        batches = f"{i + 1}/{preset.written} batches of 128 x {block_size} tokens"
-        print(f"large writes: {batches}", flush=True)
+    # Texts by large: of three batches two at temperature 1, one greedy.
+    print(f"large writes: {128 * preset.written} texts of {block_size} tokens", flush=True)
+    n, done = (preset.written + 1) * n_passes, len(written) * n_passes
+    with stages.progress("write", "pass", n, done) as progress:
+        for i in range(len(written), preset.written):
+            seed, temperature = args.seed + 100 + i, float(i % 3 < 2)
+            texts = write(large, tokens, 128, temperature, seed, progress.watch)
+            with uninterrupted() as pressed:
+                written.append(texts.cpu())
+                stages.save()
+            if pressed:
+                raise KeyboardInterrupt
+        held_out_own = write(large, held_out, 64, 1.0, args.seed + 99, progress.watch).cpu()
     own = torch.cat(written)
-    held_out_own = write(large, held_out, 64, 1.0, args.seed + 99)
-    states = read(large, own, autocast)
-    held_out_states = read(large, held_out_own, autocast)
+    print("large reads what it wrote", flush=True)
+    with stages.progress("read", "batch", 32 * preset.written + 16) as progress:
+        states = read(large, own, autocast, progress.watch)
+        held_out_states = read(large, held_out_own, autocast, progress.watch)
 
-    def own_batch(loss_of):
-        def batch(model, generator):
-            i = torch.randint(len(own), (preset.batch_size,), generator=generator)
-            return loss_of(model, wte, own[i].long().to(device), states[i].to(device), generator)
+    # Tiny and the heads, on these texts.
+    undistilled, tiny = tiny, train("distil", deepcopy(tiny))
+    heads = {kind: train(kind, model) for kind, model in make_heads().items()}
 
-        return batch
-
-    def some_positions(model, wte, texts, states, generator):
-        start = torch.randint(block_size - N_AHEAD, (len(texts), 128), generator=generator)
-        return heads_loss(model, wte, texts, states, start.to(device))[0]
-
-    def alphas():
-        return [held_out_alpha(large, tiny, t, device, autocast) for t in measured.values()]
-
-    measured = {"held-out text": windows, "what large writes after it": held_out_own.long()}
-    before = alphas()
-    distil = own_batch(lambda *batch: distillation_loss(*batch[:-1]))
-    tiny = train("distil", tiny, distil, preset.steps[3], seed=3)
-    after = alphas()
-    for kind in heads:
-        train(kind, heads[kind], own_batch(some_positions), preset.steps[4], seed=4)
-
-    for title, model in (("large", large), ("tiny", tiny)):
-        loss = held_out_loss(model, windows, device, autocast)
-        print(f"held-out loss of {title}: {loss:.3f} nats per token")
-    for where, *two in zip(measured, before, after):
-        one, other = (f"{alpha:.3f} +- {error:.3f}" for alpha, error in two)
-        print(f"acceptance rate on {where}: {one}, after distillation {other}")
-    for kind in heads:
-        rates = zip(*heads_alpha(heads[kind], wte, held_out_own, held_out_states))
-        rates = " ".join(f"{alpha:.3f} +- {error:.3f}" for alpha, error in rates)
-        title, _ = STAGES[kind]
-        print(f"acceptance rate there of {title}, at guesses 1 to {N_AHEAD}:\n    {rates}")
+    # What it came to.
+    print("measuring", flush=True)
+    drafts = undistilled, tiny
+    n = math.ceil(len(windows) / 4) + 3 * 16
+    with stages.progress("measure", "batch", n) as progress:
+        losses, *rates = measure(large, drafts, windows, autocast, progress.watch)
+        _, *own_rates = measure(large, drafts, held_out_own.long(), autocast, progress.watch)
+        of_guesses = {
+            kind: heads_alpha(model, wte, held_out_own, held_out_states, progress.watch)
+            for kind, model in heads.items()
+        }
+    report(losses, {"held-out text": rates, "what large writes after it": own_rates}, of_guesses)
 
     # All files are complete before any name is taken. A run that dies in between still has
     # partial.pt to go on from.
@@ -646,11 +822,12 @@ def run(args):
     save_checkpoint(args.checkpoints / "tiny.pt.complete", tiny, encoding)
     save_heads(args.checkpoints / "heads.pt.complete", large, heads["markov"], heads["blind"])
     # tiny last: with --distill, its old file is what partial.pt belongs to
-    for title in ("heads", "large", "tiny"):
-        os.replace(args.checkpoints / f"{title}.pt.complete", args.checkpoints / f"{title}.pt")
-    stages.path.unlink()
-    minutes = f"{(time.perf_counter() - start) / 60:.1f} minutes"
-    print(f"wrote large.pt, tiny.pt and heads.pt to {args.checkpoints} after {minutes}")
+    with uninterrupted():
+        for title in ("heads", "large", "tiny"):
+            os.replace(args.checkpoints / f"{title}.pt.complete", args.checkpoints / f"{title}.pt")
+        stages.path.unlink()
+        minutes = f"{(time.perf_counter() - start) / 60:.1f} minutes"
+        print(f"wrote large.pt, tiny.pt and heads.pt to {args.checkpoints} after {minutes}")
 
 if __name__ == "__main__":
     run_script(main)
