@@ -22,17 +22,17 @@ import signal
 import statistics
 import sys
 import sysconfig
+import threading
 import time
 import zlib
-from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import regex  # what tiktoken splits with
 import torch
 import torch.nn.functional as F
+from tiktoken._educational import bpe_train
 
 from model import (
     CHECKPOINTS, GPT, BadInput, DraftHeads, GPTConfig, find_device, fingerprint, load_pair,
@@ -135,6 +135,23 @@ class Progress:
             self.show()
 
 @contextmanager
+def ticking(every=5):
+    """Meanwhile a line tells how long it has taken: for what cannot tell how much of it is done."""
+    done, start = threading.Event(), time.perf_counter()
+
+    def tick():
+        while not done.wait(every):
+            print(f"  {duration(time.perf_counter() - start)} so far", flush=True)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+@contextmanager
 def uninterrupted():
     """Ctrl-C does not interrupt the block, but adds to a list that the block can look at."""
     pressed = []
@@ -190,43 +207,21 @@ def split_corpus(documents):
     return train, held_out
 
 def train_tokenizer(texts, vocab_size, sample):
-    """Byte-pair encoding of `sample` characters from all the texts.
+    """Byte-pair encoding, by tiktoken's own trainer, of `sample` characters from all the texts.
 
-    Tokens are single bytes at first. Then, again and again, the two that are neighbours most often
-    become one.
-    ValueError: no neighbours are left, as the corpus is too small.
+    ValueError: the corpus is too small.
     """
     text = "".join(texts)
     n_pieces = max(1, sample // 2000)
     step = max(2000, len(text) // n_pieces)
     pieces = "".join(text[i : i + 2000] for i in range(0, len(text), step))[:sample]
-    counts = Counter(regex.findall(SPLIT_PATTERN, pieces))
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
-    ranks = {bytes([b]): b for b in range(256)}
-    n_merges = vocab_size - 1 - len(ranks)  # one id is the separator's
-    with Progress("merge", n_merges) as progress:
-        for _ in progress.watch(range(n_merges)):
-            pairs = Counter()
-            for word, n in words:
-                for pair in zip(word, word[1:]):
-                    pairs[pair] += n
-            few = f"corpus too small: it does not yield {vocab_size} different tokens"
-            need(pairs, few)
-            pair = max(pairs, key=pairs.get)
-            token = pair[0] + pair[1]
-            ranks[token] = len(ranks)
-            for word, _ in words:
-                merge(word, pair, token)
+    try:
+        with ticking():
+            ranks = bpe_train(pieces, vocab_size - 1, SPLIT_PATTERN, visualise=None)
+    except ValueError:  # no pair is left to merge
+        few = f"corpus too small: it does not yield {vocab_size} different tokens"
+        raise BadInput(few) from None
     return make_encoding(SPLIT_PATTERN, ranks)
-
-def merge(word, pair, token):
-    """In a word, a list of tokens, put one token in the place of every such pair."""
-    if pair[0] in word:
-        i = 0
-        while i < len(word) - 1:
-            if (word[i], word[i + 1]) == pair:
-                word[i : i + 2] = [token]
-            i += 1
 
 def encode(encoding, texts):
     """All texts in one (N,) int32 tensor, each ended by the separator."""

@@ -788,7 +788,7 @@ CATALOGUE = [
            "training -k expected"),
     Mutant("T23", "the tokenizer sees the beginning of the corpus only", "-", "train_tiny.py",
            "for i in range(0, len(text), step))", "for i in range(0, len(text), 2000))",
-           "training -k tiktokens"),
+           "training -k whole_corpus"),
     Mutant("T24", "texts run into each other", "-", "train_tiny.py",
            "tokens += text + [encoding.eot_token]", "tokens += text",
            "training -k separator"),

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiktoken._educational import bpe_train
 
 import train_tiny
 from conftest import fresh_states, heads_logits, make_gpt, make_heads
@@ -26,7 +26,8 @@ from model import BadInput, DraftHeads, load_checkpoint, load_heads
 from train_tiny import (
     PRESETS, STAGES, Preset, Progress, Run, agreement_loss, distillation_loss, encode,
     faster_dtype, grow, heads_alpha, heads_loss, held_out_windows, main, make_optimizers, measure,
-    new_heads, read, read_corpus, split_corpus, text_loss, train_tokenizer, write,
+    new_heads, read, read_corpus, split_corpus, text_loss, ticking, train_tokenizer,
+    write,
 )  # fmt: skip
 
 SMALL = Preset(264, 16, (4, 2, 8), (1, 1, 8), 8, 4, 2, (3, 6, 4, 5, 3, 2), 3000)
@@ -370,15 +371,17 @@ def test_corpus_is_utf8_text_and_the_standard_library_by_default(tmp_path):
     assert [text for _, text in read_corpus(tmp_path / "b.txt")[0]] == ["é"]
 
 
-def test_the_tokenizer_is_tiktokens(corpus):
-    """The same tokens as its trainer's, which needs ten times as long; of all texts, not of some.
-    """
-    texts = [text for _, text in read_corpus(corpus)[0]] + ["été: deux mots, et un autre.\n"] * 9
-    encoding = train_tokenizer(texts, 300, 10**6)
-    text, pattern = "".join(texts), train_tiny.SPLIT_PATTERN
-    assert encoding._mergeable_ranks == bpe_train(text, 299, pattern, visualise=None)
+def test_the_tokenizer_sees_the_whole_corpus():
     sampled = train_tokenizer(["aaab " * 3000, "cccd " * 3000], 260, 4000)
     assert {b"aa", b"cc"} <= set(sampled._mergeable_ranks)
+
+
+def test_what_cannot_tell_how_far_it_is_tells_how_long_it_has_taken(capsys):
+    with ticking(every=0.01):
+        time.sleep(0.1)
+    assert re.fullmatch(r"(  0 min 00 s so far\n)+", capsys.readouterr().out)
+    time.sleep(0.03)
+    assert capsys.readouterr().out == ""
 
 
 def test_each_text_ends_with_the_separator(corpus):
