@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import specdec
-from conftest import make_gpt, make_heads
+from conftest import fresh_logits, make_gpt, make_heads
 from extras import ConfidentHeadsDrafter, accept_typical_lossy
 from model import DraftHeads
 from specdec import (
@@ -472,6 +472,48 @@ def test_counters_add_up(drafter):
         assert stats.tokens_per_pass == 90 / stats.rounds
 
 
+def test_stats_by_hand():
+    """Two guesses in each of six rows: the second is rejected; both are accepted; both are, and the
+    first is an end token; the row had ended; nothing was guessed; one guess only, accepted."""
+    draft_probs = torch.full((6, 2, 2), 0.5)
+    draft_probs[4] = draft_probs[5, 1] = 0
+    target_probs = torch.tensor([[0.75, 0.25], [1.0, 0.0], [0.5, 0.5]]).expand(6, 3, 2)
+    tokens = torch.zeros(6, 3, dtype=torch.int64)
+    n_accepted, n_new = torch.tensor([1, 2, 2, 2, 0, 1]), torch.tensor([2, 3, 1, 0, 1, 2])
+    r = specdec.Round(tokens[:, 1:], draft_probs, target_probs, n_accepted, tokens, n_new)
+    assert r.n_guessed.tolist() == [2, 2, 2, 0, 0, 1]
+    s = Stats()
+    s.add(r)
+    assert (s.rounds, s.drafted, s.evaluated, s.accepted, s.emitted) == (5, 7, 6, 5, 9)
+    assert s.overlap == 4 * 0.75 + 2 * 0.5  # at the first guesses, and at the second of two rows
+    assert (s.acceptance_rate, s.expected_acceptance_rate) == (5 / 6, 4 / 6)
+    s.add(r)
+    assert (s.rounds, s.evaluated, s.overlap, s.tokens_per_pass) == (10, 12, 8.0, 9 / 5)
+
+
+@pytest.mark.parametrize("eos", [None, 2])
+def test_a_round_reports_what_the_rule_saw_and_said(eos):
+    """What the target says after the newest token and after each guess; what each guess was drawn
+    from; and how many were accepted, before an end token or the budget cut the output."""
+    texts, said, n_cut = PROMPTS.tolist(), [], 0
+
+    def generous(target_probs, draft_probs, draft_tokens, generator):
+        said.append(torch.full((3,), draft_tokens.shape[1]))
+        return said[-1], target_probs[:, -1].argmax(-1)
+
+    for r in rounds(TARGET, PROMPTS, 20, ModelDrafter(DRAFT), 4, generous, eos=eos, seed=0):
+        k = r.guesses.shape[1]
+        assert torch.equal(r.n_accepted, said[-1])
+        n_cut += (r.n_new <= r.n_accepted).sum()
+        for b in r.n_new.nonzero()[:, 0].tolist():
+            text = torch.tensor(texts[b] + r.guesses[b].tolist())
+            target, draft = (fresh_logits(m, text)[-k - 1 :].softmax(-1) for m in (TARGET, DRAFT))
+            torch.testing.assert_close(r.target_probs[b], target, rtol=0, atol=1e-12)
+            torch.testing.assert_close(r.draft_probs[b], draft[:-1], rtol=0, atol=1e-12)
+            texts[b] += r.tokens[b, : r.n_new[b]].tolist()
+    assert (n_cut > 0) == (eos is not None)
+
+
 def test_plain_decoding_counts_one_token_a_pass():
     s = generate(TARGET, PROMPTS, 10, seed=0).stats
     assert (s.emitted, s.rounds, s.drafted, s.evaluated, s.accepted) == (30, 30, 0, 0, 0)
@@ -741,6 +783,31 @@ def test_auto_goes_by_what_plain_rounds_take_now():
     assert auto.credit == before
 
 
+def test_the_account_of_auto_by_hand():
+    """In plain rounds, here of two seconds. What all rounds but the last cost is known before."""
+    auto = AutoK(None)
+    assert auto.credit == 3
+    for _ in range(3):
+        auto.learn(0, 2.0, 1)
+    assert auto.credit == pytest.approx(3.03)  # 1% of each
+    for seconds, tokens, credit in (
+        (6.0, 5, 5.03),  # five tokens in the time of three
+        (3.0, 1, 4.53),  # one in the time of one and a half
+        (100.0, 1, 2.53),  # a slow one costs two
+        (6.0, 5, 4.53),
+        (6.0, 5, 6.0),  # six is the most
+        (100.0, 1, 4.0), (100.0, 1, 2.0), (3.0, 1, 1.5), (3.0, 1, 1.0), (3.0, 1, 0.5),
+    ):  # fmt: skip
+        auto.learn(4, seconds, tokens)
+        assert auto.credit == pytest.approx(credit)
+    rows, auto.none, auto.last = Rows([torch.tensor([1])], 9, spare=9), Asked(), None
+    auto.drafter = Asked()
+    for credit, guesses in ((0.5, True), (0.001, True), (0.0, False), (-1.0, False)):
+        auto.credit, auto.none.n, auto.drafter.n, auto.last = credit, 0, 0, None
+        auto.propose(rows, 8, None, None)
+        assert (auto.drafter.n > 0) == guesses
+
+
 def test_auto_in_generate(monkeypatch):
     """Passes of the target take a second, of the draft a tenth: a good draft is used, a bad is not.
 
@@ -772,6 +839,22 @@ def test_auto_in_generate(monkeypatch):
 # -- bad arguments
 
 
+@pytest.mark.parametrize("options", [
+    {"k": 1}, {"k": 47}, {"top_k": 1}, {"top_k": 99}, {"top_p": 1}, {"top_p": 1e-9},
+    {"temperature": 0}, {"temperature": 1e-9}, {"temperature": 1e9}, {"seed": 0},
+    {"seed": 2**63 - 1}, {"eos": 0}, {"eos": 6}, {"prompt": [0, 6]}, {"max_new_tokens": 43},
+    {"drafter": TreeDrafter(ModelDrafter(DRAFT), (48,))},
+])  # fmt: skip
+def test_arguments_at_the_edge_of_what_is_allowed(options):
+    first = {"prompt": PROMPT, "max_new_tokens": 2, "drafter": ModelDrafter(DRAFT), "seed": 3}
+    options = first | options
+    n, stop = options["max_new_tokens"], "eos" in options
+    for options in (options, options | {"drafter": None}):
+        (tokens,), _ = generate(TARGET, **options)
+        assert len(tokens) == n or stop and tokens[-1] == options["eos"]
+        assert all(type(token) is int for token in tokens)
+
+
 def test_plain_decoding_has_no_k_to_check():
     assert len(generate(make_gpt(1, block_size=3), PROMPT[:1], 2).tokens[0]) == 2
 
@@ -788,6 +871,7 @@ BAD = [
     ({"seed": 2**63}, "seed is"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),
+    ({"temperature": float("inf")}, "temperature"),
     ({"top_k": 0}, "top-k"),
     ({"top_p": 0.0}, "top-p"),
     ({"top_p": 1.1}, "top-p"),
@@ -802,6 +886,9 @@ BAD = [
     ({"prompt": torch.ones(1, 2, 3, dtype=torch.int64)}, "int64"),
     ({"prompt": torch.tensor([7])}, "outside"),
     ({"prompt": torch.tensor([-1])}, "outside"),
+    ({"prompt": torch.tensor([1, -1])}, "outside"),
+    ({"prompt": torch.tensor([1, 2], dtype=torch.int32)}, "int64"),
+    ({"prompt": torch.tensor([True, False])}, "int64"),
     ({"prompt": [[1, 2], [3, 7]]}, "outside"),
     ({"prompt": "text"}, "prompt must be token ids; it is a str"),
     ({"prompt": ["text", "more"]}, "prompt must be token ids"),

@@ -9,6 +9,7 @@ give it new numbers.
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -16,7 +17,7 @@ import specdec
 import test_law
 from extras import accept_typical_lossy
 from model import capture
-from specdec import ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds, verify
+from specdec import RULES, ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds, verify
 from test_decoding import (
     DRAFT, DRAFTERS, PROMPTS, RAGGED, TARGET, NoisyDrafter, Sometimes, confident_heads, cut_at,
     heads_drafter,
@@ -395,6 +396,43 @@ def test_another_device_than_the_current_one_has_no_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     devices = torch.device("cuda", 1), torch.device("cuda", 0), torch.device("cpu")
     assert [specdec.has_graphs(device) for device in devices] == [True, False, False]
+
+
+# -- devices
+
+
+class OnADevice(TorchFunctionMode):
+    """Every new tensor is made on a device that is named: on a GPU the default is another."""
+
+    makes = {getattr(torch, name) for name in "arange empty full ones rand tensor zeros".split()}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        named = (kwargs or {}).get("device") is not None
+        assert named or function not in self.makes, f"torch.{function.__name__} without a device"
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_names_no_device_is_seen():
+    with OnADevice(), pytest.raises(AssertionError, match="torch.rand without a device"):
+        torch.rand(3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@with_or_without
+def test_everything_is_made_on_the_device_of_the_model(make, rule):
+    """In the first rounds, which are not replayed, and without graphs in all."""
+    options = {"drafter": make(), "k": 3, "rule": rule, "eos": [2, 5]}
+    with OnADevice():
+        for _ in zip(range(2), rounds(TARGET, RAGGED, 9, **options)):
+            pass
+        eager(generate, TARGET, RAGGED, 9, **options)
+
+
+@pytest.mark.parametrize("k", [3, "auto"])
+def test_everything_else_is_made_there_as_well(k):
+    drafter = ModelDrafter(DRAFT) if k == "auto" else TreeDrafter(ModelDrafter(DRAFT), (2, 1))
+    with OnADevice():
+        eager(generate, TARGET, RAGGED, 9, drafter=drafter, k=k)
 
 
 # -- what a graph must not do

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
 from conftest import fresh_logits, make_gpt
-from kvcache import FixedKVCache, KVCache
+from kvcache import FixedKVCache, KVCache, TreeView
 
 MODEL = make_gpt(1)
 
@@ -115,6 +115,18 @@ def test_rollback_moves_the_length_and_nothing_else():
     assert (cache.k.data_ptr(), cache.v.data_ptr()) == where  # nothing grew or moved
 
 
+def test_the_lengths_are_changed_in_place():
+    """Who holds them sees them change, as a graph does; who wants to keep them clones them."""
+    cache = MODEL.new_cache(2, 10)
+    length = cache.length
+    MODEL(torch.randint(7, (2, 4)), cache)
+    cache.rollback(torch.tensor([3, 1]))
+    view = TreeView(cache, torch.tensor([[True, False], [True, True]]))
+    MODEL(torch.randint(7, (2, 2)), view)
+    view.keep(torch.tensor([[0, 1], [0, 1]]))
+    assert cache.length is length and length.tolist() == [5, 3]
+
+
 def test_rollback_keeps_no_hold_on_its_argument():
     cache = MODEL.new_cache(2, 10)
     MODEL(torch.randint(7, (2, 6)), cache)
@@ -148,6 +160,11 @@ def test_shapes_device_and_dtype():
     assert cache.k.shape == cache.v.shape == (2, 3, 4, 5, 6)
     assert cache.k.dtype == cache.v.dtype == torch.bfloat16
     assert cache.length.tolist() == [0, 0, 0]
+
+
+def test_a_cache_has_its_models_dtype_and_is_as_long_as_its_texts_may_be():
+    cache = MODEL.new_cache(3)
+    assert cache.k.shape == cache.v.shape == (2, 3, 2, 48, 4) and cache.k.dtype == torch.float64
 
 
 def test_a_fixed_cache_is_the_same_memory():

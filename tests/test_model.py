@@ -5,6 +5,7 @@ And its file.
 
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import torch
 
 from conftest import make_gpt, make_heads
 from model import (
-    GPT, GPTConfig, Packed, fingerprint, has_float16, load_checkpoint, load_heads, load_pair,
-    make_encoding, save_checkpoint, save_heads, save_whole,
+    GPT, GPTConfig, Packed, check_memory, find_device, fingerprint, has_float16, load_checkpoint,
+    load_heads, load_pair, make_encoding, now, pack, save_checkpoint, save_heads, save_whole,
 )  # fmt: skip
 
 
@@ -252,6 +253,8 @@ def test_foreign_and_truncated_and_missing_checkpoints_are_refused(tmp_path, enc
     for name in ("foreign", "half", "byte", "incomplete", "vocabulary", "padded"):
         with pytest.raises(ValueError, match="damaged, or not a checkpoint"):
             load_checkpoint(tmp_path / f"{name}.pt")
+    with pytest.raises(IsADirectoryError):  # it is no damaged file, since it cannot be read
+        load_checkpoint(tmp_path)
 
 
 def test_what_is_missing_can_be_made_or_restored(tmp_path):
@@ -334,8 +337,64 @@ def test_heads_belong_to_one_target(tmp_path):
         torch.testing.assert_close(loaded.confidence(x), kept.confidence(x), rtol=0.05, atol=0.05)
     assert load_heads(file, make_gpt(4).bfloat16())[0].lm_head.weight.dtype == torch.bfloat16
     assert fingerprint(target) == fingerprint(make_gpt(4).bfloat16())
+    if has_float16():  # only matrices in a target's layers are in float16
+        assert load_heads(file, pack(make_gpt(4).float()))[0].lm_head.weight.dtype == torch.float32
     for token in range(7):
         other = make_gpt(4).float()
         other.wte.weight[token, token] += 0.5
         with pytest.raises(ValueError, match="belong to another target"):
             load_heads(file, other)
+
+
+# -- devices
+
+
+def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
+    """And graphs belong to it from then on."""
+    chosen, gpu = [], torch.device("cuda", 1)
+    assert find_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device() == torch.device("cpu")
+    probe = SimpleNamespace(is_cuda=True, device=gpu, item=lambda: 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: probe)
+    assert find_device() == torch.device("cuda") and chosen == [gpu]
+
+
+def test_a_device_without_results_or_float64_is_refused(monkeypatch):
+    """On "meta" there is nothing to look at; on Apple's GPUs there is no float64."""
+    with pytest.raises(ValueError, match="no device 'meta' here"):
+        find_device("meta")
+
+    def zeros(*shape, dtype=torch.float32, device=None):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return torch.ones(*shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(ValueError, match="no device 'mps' here"):
+        find_device("mps")
+
+
+def test_the_clock_is_read_when_a_gpu_is_done(monkeypatch):
+    did = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: did.append("done"))
+    monkeypatch.setattr("time.perf_counter", lambda: did.append("read") or 7.0)
+    assert now() == 7.0 and did == ["done", "read"]
+
+
+def test_memory_is_that_of_the_gpu_where_the_model_is(monkeypatch):
+    """1.1 x 9 rows of 10 tokens, each 2 x 2 x 8 keys and values and 7 x 2 logits, 4 bytes each."""
+    model = make_gpt(1)
+    weight = SimpleNamespace(is_cuda=True, itemsize=4, device=torch.device("cuda", 0))
+    target = SimpleNamespace(config=model.config, wte=SimpleNamespace(weight=weight))
+    wanted = 1.1 * 9 * 10 * (2 * 2 * 8 * 4 + 7 * 8)
+    for free in (wanted + 1, wanted - 1):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1e12))
+        if free > wanted:
+            check_memory(target, 9, 10, 0)
+        else:
+            with pytest.raises(ValueError, match="9 rows of 10 tokens take"):
+                check_memory(target, 9, 10, 0)

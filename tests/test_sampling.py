@@ -115,6 +115,18 @@ def test_a_small_temperature_is_not_greedy():
     torch.testing.assert_close(probs, torch.tensor([0.0, 0.2]).double().softmax(-1))
 
 
+def test_a_huge_temperature_divides_like_any_other():
+    probs = to_probs(torch.tensor([1e6, 0.0]).double(), temperature=1e6)
+    torch.testing.assert_close(probs, torch.tensor([1.0, 0.0]).double().softmax(-1))
+
+
+def test_a_top_p_of_1_is_no_filter():
+    """Also where the best token has all the mass, but for the rounding of float32."""
+    logits = torch.tensor([0.0, -30.0])
+    probs = to_probs(logits, top_p=1.0)
+    assert probs[0] == 1 and probs[1] > 0 and torch.equal(probs, to_probs(logits))
+
+
 def test_equal_tokens_up_to_the_mass_by_hand():
     """Of eight equal tokens six reach .75, and no fewer: no more than six are kept."""
     for n in range(1, 9):
@@ -137,6 +149,7 @@ def test_at_any_temperature_float32_or_better_and_the_logits_left_alone():
     for options in ({}, {"temperature": 0}, filters):
         assert to_probs(logits, **options).shape == logits.shape
         assert to_probs(logits.bfloat16(), **options).dtype == torch.float32
+        assert to_probs(logits.half(), **options).dtype == torch.float32
         assert to_probs(logits.double(), **options).dtype == torch.float64
     assert torch.equal(logits, before)
 

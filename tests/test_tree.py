@@ -3,6 +3,8 @@
 (tests/test_law.py has their distribution inside the loop.)
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +15,8 @@ from conftest import fresh_logits, heads_logits, make_gpt, make_heads
 from enumerator import outcomes
 from kvcache import TreeView
 from specdec import (
-    HeadsDrafter, ModelDrafter, Rows, TreeDrafter, ancestors, generate, levels, rounds, verify_tree,
+    HeadsDrafter, ModelDrafter, Rows, TreeDrafter, ancestors, generate, levels, rounds, to_probs,
+    verify_tree,
 )  # fmt: skip
 from test_kvcache import poison
 
@@ -247,6 +250,42 @@ def test_two_children_with_and_without_replacement():
     assert sum(p * n for n, p in outcomes(run)) == pytest.approx(1)
 
 
+class Always:
+    """For TreeDrafter: a model to which token 1 is the best and token 0 the worst of three."""
+
+    cache = SimpleNamespace(write=None)
+
+    def unread(self, rows):
+        return rows.newest()
+
+    def model(self, tokens, cache):
+        return torch.tensor([0.2, 0.5, 0.3]).double().log().expand(*tokens.shape, 3), None
+
+
+@pytest.mark.parametrize("temperature, top", [(0, False), (0, True), (1, True)])
+def test_certain_children_are_the_best_tokens_that_are_untried(temperature, top):
+    """At temperature 0, and with top=True at any: of every node on every level."""
+    rows, drafter = Rows([torch.tensor([0])], 2, spare=10), TreeDrafter(Always(), (3, 2), top)
+    tokens, probs = drafter.propose(rows, (3, 2), lambda x: to_probs(x, temperature), None)
+    assert tokens.tolist() == [[1, 2, 0, *(1, 2), *(1, 2), *(1, 2)]]
+    assert torch.equal(probs, torch.eye(3).double()[tokens])
+
+
+def test_a_child_is_certain_once_no_mass_is_left():
+    """Of three children two are drawn from the best two tokens; then there is but one."""
+    rows, drafter, orders = Rows([torch.tensor([0])], 1, spare=4), TreeDrafter(Always(), (3,)), {}
+
+    def run():
+        tokens, probs = drafter.propose(rows, (3,), lambda x: to_probs(x, top_k=2), None)
+        torch.testing.assert_close(probs[0, 0], torch.tensor([0, 5 / 8, 3 / 8]).double())
+        assert torch.equal(probs[0, 1:], torch.eye(3).double()[tokens[0, 1:]])
+        return tuple(tokens[0].tolist())
+
+    for order, p in outcomes(run):
+        orders[order] = p
+    assert orders == pytest.approx({(1, 2, 0): 5 / 8, (2, 1, 0): 3 / 8})
+
+
 four_weights = st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any)
 
 
@@ -287,6 +326,20 @@ def test_widths_must_be_positive(widths):
 def test_a_tree_has_its_own_rule_and_shape(options):
     with pytest.raises(ValueError, match="rule of its own"):
         rounds(TARGET, PROMPTS, 5, TreeDrafter(ModelDrafter(DRAFT), (2,)), **options)
+
+
+def test_a_tree_is_as_deep_as_there_is_room_for_and_all_accepted_nodes_are_reported():
+    """Also those behind an end token, which are no longer output."""
+    for eos, is_cut in ((None, False), (2, True)):
+        room, n_cut = torch.full((3,), 22), 0  # five rounds, and one with a shallower tree
+        options = {"drafter": TreeDrafter(ModelDrafter(TARGET), (2, 2, 1)), "eos": eos, "seed": 0}
+        for r in rounds(TARGET, PROMPTS, 22, **options):
+            active, depth = r.n_new > 0, r.guesses.shape[1]
+            assert eos or depth == min(3, room.max())
+            assert (r.n_accepted == depth)[active].all()
+            n_cut += (active & (r.n_new <= depth)).sum() if depth == 3 else 0
+            room -= r.n_new
+        assert (n_cut > 0) == is_cut
 
 
 def test_a_round_reports_the_distributions_of_the_path_that_was_accepted():
