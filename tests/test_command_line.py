@@ -14,6 +14,7 @@ import torch
 import specdec
 from conftest import make_gpt
 from model import BadInput, DraftHeads, make_encoding, save_checkpoint, save_heads
+from specdec import ModelDrafter, Result, Stats, generate
 from train_tiny import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +97,47 @@ def test_the_numbers_add_up(story):
     assert float(rate) == pytest.approx(int(accepted) / int(judged), abs=0.01)
     assert tau == pytest.approx(40 / int(re.search(TIMES, out)[5]), abs=0.01)
     assert out.count("Temperature") == 1 and "Greedy" not in out
+
+
+def test_the_prompts_pass_is_not_in_a_timed_run(monkeypatch):
+    """The target's pass takes 10 seconds over the prompt, else one; the draft's takes a quarter."""
+    target, draft, clock, n_draft = make_gpt(1), make_gpt(2), [0.0], [0]
+    monkeypatch.setattr(specdec, "now", lambda: clock[0])
+
+    def of_target(block, args):
+        clock[0] += 10 if args[0].shape[1] == 11 else 1
+
+    def of_draft(block, args):
+        clock[0] += 0.25
+        n_draft[0] += 1
+
+    target.h[0].register_forward_pre_hook(of_target)
+    draft.h[0].register_forward_pre_hook(of_draft)
+    prompts = torch.arange(24).view(2, 12) % 7
+    for options in ({"temperature": 0}, {"temperature": 0, "drafter": ModelDrafter(draft), "k": 3}):
+        n_draft[0] = 0
+        ms, result, passes = specdec.timed_run(target, prompts, 8, **options)
+        assert set(passes) == {1000} and ms == 1000 * len(passes) + 250 * n_draft[0]
+        assert len(passes) == 8 or len(passes) < 8 and "drafter" in options
+        assert result == generate(make_gpt(1), prompts, 8, **options)
+
+
+def test_times_are_those_of_the_median_runs_of_two_seconds(monkeypatch, capsys):
+    """Runs of .4 seconds in turns: three pairs of them are begun in that time."""
+    runs, clock = [], [0.0]
+    plain, fast = iter([9000, 1000, 5000]), iter([1000, 9000, 2000])
+
+    def timed_run(target, prompts, n, drafter=None, **options):
+        clock[0] += 0.4
+        runs.append(drafter)
+        return next(plain if drafter is None else fast), Result([[1]], Stats(emitted=1)), []
+
+    monkeypatch.setattr(specdec, "now", lambda: clock[0])
+    monkeypatch.setattr(specdec, "timed_run", timed_run)
+    specdec.show_times(None, [[1]], 1, "drafter", 4, "rejection", temperature=0)
+    assert runs == [None, "drafter"] * 3
+    slow, quick, speed_up = re.search(TIMES, capsys.readouterr().out).group(3, 6, 7)
+    assert (slow, quick, speed_up) == ("5.000", "2.000", "2.50")
 
 
 @pytest.mark.parametrize("drafter", ["model", "ngram", "heads", "tree"])

@@ -514,6 +514,15 @@ def test_a_round_reports_what_the_rule_saw_and_said(eos):
     assert (n_cut > 0) == (eos is not None)
 
 
+@pytest.mark.parametrize("rule", ["rejection", "coupled"])
+def test_a_round_without_guesses_has_the_shapes_of_k_0(rule):
+    r = next(rounds(TARGET, PROMPTS, 5, rule=rule, seed=0))
+    assert r.guesses.shape == (3, 0) and r.guesses.dtype == torch.int64
+    assert r.draft_probs.shape == (3, 0, 7) and r.target_probs.shape == (3, 1, 7)
+    assert r.tokens.shape == (3, 1) and r.n_accepted.tolist() == [0] * 3
+    assert r.n_guessed.tolist() == [0] * 3 and r.n_new.tolist() == [1] * 3
+
+
 def test_plain_decoding_counts_one_token_a_pass():
     s = generate(TARGET, PROMPTS, 10, seed=0).stats
     assert (s.emitted, s.rounds, s.drafted, s.evaluated, s.accepted) == (30, 30, 0, 0, 0)
@@ -910,6 +919,14 @@ BAD = [
     ({"drafter": "ngram"}, "a drafter has start, propose and commit"),
     ({"drafter": HeadsDrafter(DRAFT)}, "HeadsDrafter takes heads"),
     ({"drafter": TreeDrafter(DRAFT, (2,))}, "token by token"),
+    ({"drafter": HeadsDrafter(DraftHeads(6, 16, 8).double())}, "another shape"),
+    ({"drafter": TreeDrafter(HeadsDrafter(DraftHeads(6, 16, 8).double()), (2,))}, "another shape"),
+    ({"drafter": TreeDrafter(ModelDrafter(make_gpt(0, vocab_size=6)), (2,))}, "the draft knows 6"),
+    ({"drafter": TreeDrafter(ModelDrafter(make_gpt(0, block_size=9)), (2,))}, "draft's block_size"),
+    ({"drafter": SimpleNamespace(propose=len, commit=len)}, "a drafter has start"),
+    ({"drafter": SimpleNamespace(start=len, commit=len)}, "a drafter has start"),
+    ({"drafter": SimpleNamespace(start=len, propose=len)}, "a drafter has start"),
+    ({"drafter": SimpleNamespace(start=len, propose=len, commit=True)}, "a drafter has start"),
 ]
 
 

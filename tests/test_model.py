@@ -13,8 +13,9 @@ import torch
 
 from conftest import make_gpt, make_heads
 from model import (
-    GPT, GPTConfig, Packed, check_memory, find_device, fingerprint, has_float16, load_checkpoint,
-    load_heads, load_pair, make_encoding, now, pack, save_checkpoint, save_heads, save_whole,
+    GPT, GPTConfig, Packed, as_prompts, check_memory, find_device, fingerprint, has_float16,
+    load_checkpoint, load_heads, load_pair, make_encoding, now, pack, save_checkpoint, save_heads,
+    save_whole,
 )  # fmt: skip
 
 
@@ -360,6 +361,18 @@ def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch, "zeros", lambda *shape, **options: probe)
     assert find_device() == torch.device("cuda") and chosen == [gpu]
+
+
+def test_what_is_loaded_is_on_the_device_asked_for(tmp_path, encoding, monkeypatch):
+    """As if on a GPU: "meta" is a device that has shapes and no numbers."""
+    save_checkpoint(tmp_path / "m.pt", make_gpt(4, vocab_size=259), encoding)
+    target, _ = load_checkpoint(tmp_path / "m.pt", "meta")
+    monkeypatch.setattr("model.fingerprint", lambda model: 7)
+    save_heads(tmp_path / "h.pt", target, make_heads(1, 7, 8), make_heads(2, 7, 8, False))
+    for model in (target, *load_heads(tmp_path / "h.pt", target)):
+        assert {weight.device.type for weight in model.parameters()} == {"meta"}
+    for prompt in ([1, 2], [[1, 2], [3]], torch.tensor([[1, 2], [3, 4]])):
+        assert {row.device.type for row in as_prompts(prompt, 7, "meta")} == {"meta"}
 
 
 def test_a_device_without_results_or_float64_is_refused(monkeypatch):
