@@ -14,7 +14,7 @@ import torch
 import specdec
 from conftest import make_gpt
 from model import BadInput, DraftHeads, make_encoding, save_checkpoint, save_heads
-from specdec import ModelDrafter, Result, Stats, generate
+from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, Result, Stats, TreeDrafter, generate
 from train_tiny import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -158,6 +158,52 @@ def test_k_chosen_for_you_and_another_tree_and_dtype(story):
     assert "Greedy" in story("-k", "auto")
     assert "Greedy" in story("--drafter", "tree", "--tree", "3,2")
     assert "Greedy" in story("--dtype", "bfloat16")
+
+
+@pytest.fixture
+def asked(pair, capsys, monkeypatch):
+    """asked(options): what main asks of `rounds`, and of `show_times`; nothing is decoded."""
+
+    def asked(words):
+        told, timed = [], []
+        with monkeypatch.context() as m:
+            m.setattr(specdec, "rounds", lambda *a, **filters: told.append((a, filters)) or [])
+            m.setattr(specdec, "show_times", lambda *args, **options: timed.append((args, options)))
+            m.setattr(torch, "set_num_threads", lambda n: told.append(n))
+            specdec.main(["--checkpoints", str(pair), *words.split()])
+        return told, timed
+
+    return asked
+
+
+def test_the_defaults_are_those_that_help_tells(asked):
+    (n_threads, *told), timed = asked("")
+    assert n_threads == 1 and [args[6] for args, _ in told] == [0, 1]
+    for (args, filters), (others, options) in zip(told, timed):
+        target, prompts, n, drafter, k, rule, temperature = args
+        assert (len(target.h), len(drafter.model.h), type(drafter)) == (2, 1, ModelDrafter)
+        assert bytes(prompts[0].tolist()).decode() == specdec.PROMPT and len(prompts) == 1
+        assert (n, k, rule, filters) == (48, 4, "rejection", dict(top_k=None, top_p=None, seed=0))
+        assert others == args[:6] and options == filters | {"temperature": temperature}
+    ngram, heads, tree = (
+        asked(f"--temperature 0 --drafter {name}")[0][1][0] for name in ("ngram", "heads", "tree")
+    )
+    assert type(ngram[3]) is NGramDrafter and ngram[4] == 10
+    assert type(heads[3]) is HeadsDrafter and heads[4] == 6 and heads[3].heads.wte is not None
+    assert type(tree[3]) is TreeDrafter and tree[3].widths == (2, 1, 1, 1)
+
+
+def test_every_option_is_heard(asked):
+    words = "--prompt ab --max-new-tokens 9 -k 2 --rule block --temperature 0.5 --batch 3"
+    words += " --top-k 5 --top-p 0.9 --seed 7 --dtype bfloat16 --threads 1"
+    (_, (args, filters)), ((others, options),) = asked(words)
+    target, prompts, n, drafter, k, rule, temperature = args
+    assert target.wte.weight.dtype == drafter.model.wte.weight.dtype == torch.bfloat16
+    assert prompts.tolist() == [[97, 98]] * 3 and (n, k, rule, temperature) == (9, 2, "block", 0.5)
+    assert filters == {"top_k": 5, "top_p": 0.9, "seed": 7}
+    assert others == args[:6] and options == filters | {"temperature": 0.5}
+    (_, (args, _)), ((others, _),) = asked("--trace --temperature 0")
+    assert callable(args[5]) and others[5] == "rejection"  # what is timed shows no coins
 
 
 def test_prompts_from_files(story, tmp_path, monkeypatch):

@@ -201,6 +201,19 @@ def test_the_stand_in_keeps_nothing_alive():
         replay()
 
 
+def test_a_stream_is_used_again_once_its_graph_is_gone(monkeypatch):
+    """PyTorch has 32 of them."""
+    monkeypatch.setattr("model._spare", [])
+    memory, streams = torch.zeros(3), []
+    for _ in range(3):
+        replay = capture(lambda: (memory + 1,))
+        replay()
+        streams.append(GRAPHS[-1].stream)
+        del replay
+        GRAPHS.clear()
+    assert streams[0] is streams[1] is streams[2]
+
+
 # -- replays are rounds
 
 
