@@ -372,7 +372,8 @@ def test_a_script_makes_a_line_of_what_a_user_can_mend_and_of_nothing_else(monke
 
         return main
 
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    handled = {}
+    monkeypatch.setattr(signal, "signal", handled.__setitem__)
     for error in (BadInput("two\nlines"), OSError("disk"), UnicodeDecodeError("x", b"", 0, 1, "y")):
         with pytest.raises(SystemExit, match="2"):
             specdec.run_script(script(error))
@@ -383,6 +384,9 @@ def test_a_script_makes_a_line_of_what_a_user_can_mend_and_of_nothing_else(monke
     with pytest.raises(SystemExit) as exit:
         specdec.run_script(lambda: 1)
     assert exit.value.code == 1
+    # Ctrl-C and `| head`: the system's own way to end, without a traceback
+    names = {"SIGINT", "SIGPIPE"} & set(dir(signal))
+    assert handled == {getattr(signal, name): signal.SIG_DFL for name in names}
 
 
 def test_the_default_prompt_fits_every_preset():

@@ -139,7 +139,7 @@ def test_checkpoint_keeps_weights_config_and_tokenizer(tmp_path, encoding):
         assert torch.equal(again[name].float(), weight)
     expected = [99, 256, 32, 257]
     assert same.encode("cab é", allowed_special="all") == encoding.encode("cab é") == expected
-    assert same.eot_token == 258
+    assert same.eot_token == 258 and same._pat_str == encoding._pat_str
     assert [f.name for f in tmp_path.iterdir()] == ["m.pt"]
     assert again["wte.weight"].dtype == torch.bfloat16
 

@@ -32,6 +32,11 @@ def test_ancestors_by_hand():
     assert [row.nonzero()[:, 0].tolist() for row in ancestors((2, 2), "cpu")] == paths
 
 
+def test_ancestors_are_on_the_device_of_the_guesses():
+    """The device "meta" has shapes and no numbers."""
+    assert ancestors((2, 2), torch.device("meta")).device.type == "meta"
+
+
 def test_levels_by_hand():
     """Widths 2,3: from node 0 on, nodes 1 and 2; from node 1 on, nodes 3 to 8."""
     assert list(levels((2, 3))) == [(0, 1, 3, 2), (1, 3, 9, 3)]
