@@ -432,7 +432,7 @@ def test_what_names_no_device_is_seen():
 
 @pytest.mark.parametrize("rule", RULES)
 @with_or_without
-def test_everything_is_made_on_the_device_of_the_model(make, rule):
+def test_everything_is_made_on_the_device_of_the_model(make, rule, ours):
     """In the first rounds, which are not replayed, and without graphs in all."""
     options = {"drafter": make(), "k": 3, "rule": rule, "eos": [2, 5]}
     with OnADevice():
@@ -442,7 +442,7 @@ def test_everything_is_made_on_the_device_of_the_model(make, rule):
 
 
 @pytest.mark.parametrize("k", [3, "auto"])
-def test_everything_else_is_made_there_as_well(k):
+def test_everything_else_is_made_there_as_well(k, ours):
     drafter = ModelDrafter(DRAFT) if k == "auto" else TreeDrafter(ModelDrafter(DRAFT), (2, 1))
     with OnADevice():
         eager(generate, TARGET, RAGGED, 9, drafter=drafter, k=k)

@@ -120,7 +120,7 @@ def test_a_huge_temperature_divides_like_any_other():
     torch.testing.assert_close(probs, torch.tensor([1.0, 0.0]).double().softmax(-1))
 
 
-def test_a_top_p_of_1_is_no_filter():
+def test_a_top_p_of_1_is_no_filter(ours):
     """Also where the best token has all the mass, but for the rounding of float32."""
     logits = torch.tensor([0.0, -30.0])
     probs = to_probs(logits, top_p=1.0)
