@@ -567,6 +567,12 @@ CATALOGUE = [
     Mutant("X49b", "a checkpoint has another pattern than its tokenizer", "-", "model.py",
            '"pattern": encoding._pat_str', '"pattern": encoding._pat_str + "|z"',
            "model -k keeps_weights"),
+    Mutant("X35b", "figures of nothing divide by zero", "-", "specdec.py",
+           "lambda self: self.emitted / max(1, self.rounds)",
+           "lambda self: self.emitted / self.rounds", "decoding -k stats_by_hand"),
+    Mutant("X50", "memory that nobody has written, looked at where shapes are fixed",
+           "-", "kvcache.py",
+           "self.kv = torch.zeros(", "self.kv = torch.empty(", "kvcache -k holds_numbers"),
     # -- Q: graphs
     Mutant("Q1", "a graph writes to memory that the next replay does not read", "-", "kvcache.py",
            "self.kv.unbind(1), None\n        self.length += T",

@@ -483,6 +483,7 @@ def test_stats_by_hand():
     r = specdec.Round(tokens[:, 1:], draft_probs, target_probs, n_accepted, tokens, n_new)
     assert r.n_guessed.tolist() == [2, 2, 2, 0, 0, 1]
     s = Stats()
+    assert (s.acceptance_rate, s.expected_acceptance_rate, s.tokens_per_pass) == (0, 0, 0)
     s.add(r)
     assert (s.rounds, s.drafted, s.evaluated, s.accepted, s.emitted) == (5, 7, 6, 5, 9)
     assert s.overlap == 4 * 0.75 + 2 * 0.5  # at the first guesses, and at the second of two rows

@@ -167,6 +167,18 @@ def test_a_cache_has_its_models_dtype_and_is_as_long_as_its_texts_may_be():
     assert cache.k.shape == cache.v.shape == (2, 3, 2, 48, 4) and cache.k.dtype == torch.float64
 
 
+def test_a_new_cache_holds_numbers():
+    """With fixed shapes slots that nobody has written are looked at, with weight 0; 0 * NaN is NaN.
+
+    Here memory that nobody has written is NaN.
+    """
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan() and (MODEL.new_cache(2, 10).kv == 0).all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_fixed_cache_is_the_same_memory():
     """What was read before shapes were fixed stays, and both sides see one length."""
     cache, tokens = MODEL.new_cache(2, 10), torch.randint(7, (2, 6))
