@@ -199,7 +199,7 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
 
     prompt: (T,) or (B, T) int64, or a list of B lists of tokens. drafter None: plain decoding; with
     one, the same distribution. rule: a function like `verify`, or a name in RULES. Equal seeds give
-    equal output. -> Result: tokens, B lists of new tokens, and stats. ValueError: bad input.
+    equal output if k is a number. -> Result: B lists of new tokens, and stats. ValueError: bad input.
     """
     return collect(rounds(**locals()), len(as_rows(prompt)))
 
@@ -313,7 +313,7 @@ def verify_block(target_probs, draft_probs, draft_tokens, generator=None):
     """
     weights = [torch.ones_like(target_probs[:, 0, 0])]
     for r in ratio(target_probs[:, :-1], draft_probs, draft_tokens).unbind(1):
-        weights.append((weights[-1] * r.clamp(max=1e30)).clamp(max=1))  # for 0 * inf is NaN
+        weights.append((weights[-1] * r).clamp(max=1))  # 0 * inf is NaN, which no coin is below
     weight = torch.stack(weights, 1)  # (B, k+1): w_0 .. w_k
     weighted = weight[..., None] * target_probs
     draft_probs = F.pad(draft_probs.nan_to_num(0).clamp(min=0), (0, 0, 0, 1))
@@ -434,7 +434,7 @@ class AutoK:
 
     The unit of its account is a plain round. Guessing has a credit of 3, and 1% of the plain rounds
     is added; what a round with guesses gains or loses is added, too, but 6 is the most. It looks
-    back only, by a clock of its own, so the distribution stays.
+    back only, by a clock of its own: the distribution stays, but equal seeds may differ.
     """
     def __init__(self, drafter):
         self.drafter, self.none, self.k, self.credit = drafter, NoDrafter(), 4, 3.0

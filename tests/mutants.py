@@ -354,7 +354,7 @@ CATALOGUE = [
     Mutant("X2", "the block rule with the token rule's residual", "-", "specdec.py",
            "residual(at(weighted, n_accepted),", "residual(at(target_probs, n_accepted),", "rules"),
     Mutant("X3", "block weights that exceed 1", "-", "specdec.py",
-           "r.clamp(max=1e30)).clamp(max=1))", "r.clamp(max=1e30)))", "rules"),
+           "(weights[-1] * r).clamp(max=1)", "weights[-1] * r", "rules"),
     Mutant("X4", "block: a broken guess bends the distribution before it", "-", "specdec.py",
            "draft_probs.nan_to_num(0)", "draft_probs", "rules"),
     Mutant("P10", "the block rule takes NaN for a yes", "vllm-project/vllm#53029", "specdec.py",
