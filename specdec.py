@@ -199,7 +199,7 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
 
     prompt: (T,) or (B, T) int64, or a list of B lists of tokens. drafter None: plain decoding; with
     one, the same distribution. rule: a function like `verify`, or a name in RULES. Equal seeds give
-    equal output if k is a number. -> Result: B lists of new tokens, and stats. ValueError: bad input.
+    equal output if k is a number. -> Result: B lists of new tokens; stats. ValueError: bad input.
     """
     return collect(rounds(**locals()), len(as_rows(prompt)))
 
