@@ -7,8 +7,10 @@ to the token embedding. Parameters have the names and shapes of OpenAI's publish
 Letters in shapes: B rows, T new tokens, S tokens to look at, D = n_embd, V = vocab_size.
 """
 
+import json
 import math
 import os
+import sys
 import time
 import weakref
 import zipfile
@@ -16,11 +18,15 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from kvcache import KVCache
 
@@ -132,21 +138,25 @@ class GPT(nn.Module):
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
-def load_pair(folder=CHECKPOINTS, device=None, dtype=None):
-    """-> target, draft, encoding: large.pt and tiny.pt, of one tokenizer, in evaluation mode.
+def load_pair(folder=CHECKPOINTS, device=None, dtype=None, target=None, draft=None):
+    """-> target, draft, encoding: large.pt and tiny.pt, or two GPT-2, see `load_gpt2`.
 
     device None: the GPU where there is one. dtype None: bfloat16 on a GPU; on a CPU float16 for the
-    target's matrices where there is fbgemm (`Packed`), float32 elsewhere and for the draft.
+    target's matrices where there is fbgemm (`Packed`), float32 elsewhere and for tiny.
     OSError, ValueError: as `load_checkpoint`; or the two have different tokenizers.
     """
+    need(bool(target) == bool(draft), "a target needs a draft, and a draft a target")
     folder, device = Path(folder), find_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         dtype = torch.float16 if has_float16(device) else dtype
-    target, encoding = load_checkpoint(folder / "large.pt", device, dtype)
-    draft, other = load_checkpoint(folder / "tiny.pt", device, target.wte.weight.dtype)
+    if target:
+        (target, encoding), (draft, other) = (load_gpt2(x, device, dtype) for x in (target, draft))
+    else:
+        target, encoding = load_checkpoint(folder / "large.pt", device, dtype)
+        draft, other = load_checkpoint(folder / "tiny.pt", device, target.wte.weight.dtype)
     one, two = ((e._mergeable_ranks, e._pat_str) for e in (encoding, other))
-    need(one == two, f"large.pt and tiny.pt in {folder} have different tokenizers")
+    need(one == two, "target and draft have different tokenizers")
     return target, draft, encoding
 
 def find_device(name=None):
@@ -216,7 +226,6 @@ def load_checkpoint(path, device=None, dtype=None):
     OSError: no such file. ValueError: not a checkpoint of this project, or damaged; or no float16
     on this device.
     """
-    need(dtype != torch.float16 or has_float16(device), "float16 is for processors with fbgemm")
     with _load(path) as content:
         model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(_exact(content["weights"]))
@@ -241,25 +250,23 @@ def save_whole(path, content):
 
 def load_whole(path):
     """What `save_whole` wrote. OSError: it cannot be read. Any other exception: it is damaged."""
+    if not Path(path).exists():
+        train = f"`python train_tiny.py --checkpoints {Path(path).parent}` makes it, or goes on"
+        raise FileNotFoundError(f"{path} is missing; {train}; `git checkout checkpoints`: ours")
     with zipfile.ZipFile(path) as file:
         need(not file.testzip(), "a checksum is wrong")  # torch.load does not look at them
     return torch.load(path, map_location="cpu", weights_only=True)
 
 @contextmanager
-def _load(path):
-    """The content of a file, for a block that makes something of it. One line if that fails."""
+def _load(path, read=load_whole, what="a checkpoint of this project"):
+    """What is read, for a block that makes something of it. One line if that fails."""
     try:
-        yield load_whole(path)
-    except FileNotFoundError:
-        makes = "goes on with" if Path(path).with_name("partial.pt").exists() else "makes"
-        advice = f"`python train_tiny.py --checkpoints {Path(path).parent}` {makes} it"
-        advice = f"{path} is missing; {advice}; `git checkout checkpoints` restores the shipped one"
-        raise FileNotFoundError(advice) from None
+        yield read(path)
     except OSError:
         raise
     except Exception as error:
-        why = f"damaged, or not a checkpoint of this project ({type(error).__name__})"
-        raise BadInput(f"{path} is {why}") from error
+        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise BadInput(f"{path} is damaged, or not {what} ({words})") from error
 
 def _compact(module):
     """Weights as a file keeps them: bfloat16, but matrices of the layers in 8 bits.
@@ -283,14 +290,11 @@ def _exact(compact):
     pairs = (name for name, w in compact.items() if isinstance(w, tuple))
     return compact | {name: compact[name][0].float().ldexp(compact[name][1]) for name in pairs}
 
-# -- not for a first reading -----------------------------------------------------------------------
-# Matrices in 16 bits, draft heads, memory, and CUDA graphs.
+# -- not for a first reading: 16 bits, draft heads, GPT-2, memory, CUDA graphs ---------------------
 
 class Packed(nn.Module):
-    """A Conv1D that multiplies with a copy of its matrix in 16 bits, laid out for fbgemm.
-
-    fbgemm is PyTorch's library for that on x86. The arithmetic stays in float32.
-    """
+    """A Conv1D that multiplies with a copy of its matrix in 16 bits, laid out for fbgemm,
+    PyTorch's library for that on x86. The arithmetic stays in float32."""
     def __init__(self, conv):
         super().__init__()
         self.weight = nn.Parameter(conv.weight.detach().half(), requires_grad=False)
@@ -304,8 +308,9 @@ class Packed(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 def pack(model):
-    """Replace every Conv1D in the layers of a GPT by a `Packed` one."""
-    for block in model.h:
+    """Replace every Conv1D in the layers of a GPT by a `Packed` one. ValueError: not here."""
+    need(has_float16(model.wte.weight.device), "float16 is for processors with fbgemm")
+    for block in told(model.h, "layers packed"):
         for part, names in (block.attn, ("c_attn", "c_proj")), (block.mlp, ("c_fc", "c_proj")):
             for name in names:
                 setattr(part, name, Packed(getattr(part, name)))
@@ -340,15 +345,12 @@ class DraftHeads(nn.Module):
         self.h = nn.ModuleList([Block(self.config)])
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = Conv1D(n_embd, vocab_size)
-        self.confidence = nn.Linear(n_embd, 1)
+        self.confidence = nn.Linear(n_embd, 1)  # log odds that a guess from a state is accepted
     def forward(self, state, tokens, cache):
         """state (B, T, n_embd) before each of the tokens (B, T) int64 -> the state after it."""
         _, mask = cache.extend(tokens.shape[1])
         seen = state if self.wte is None else torch.cat((state, self.wte(tokens)), -1)
         return self.ln_f(self.h[0](state + self.c_in(seen), mask, cache, 0))
-    def acceptance(self, state):
-        """The chance that a guess from this state is accepted, as learnt: (B, T, D) -> (B, T)."""
-        return self.confidence(state)[..., 0].sigmoid()
     new_cache = GPT.new_cache
 
 def target_states(hidden, cache, slots):
@@ -388,9 +390,8 @@ def load_heads(path, target):
             (n_state, n_embd), V = weights["c_state.weight"].shape, len(weights["lm_head.bias"])
             heads.append(DraftHeads(V, n_state, n_embd, markov=kind == "markov"))
             heads[-1].load_state_dict(weights)
-        whose = content["target"]
+        right = content["target"] == fingerprint(target)
     advice = f"`python train_tiny.py --distill --checkpoints {Path(path).parent}` trains new ones"
-    right = whose == fingerprint(target)
     need(right, f"the heads in {path} belong to another target; {advice}")
     return [h.to(target.wte.weight).eval() for h in heads]
 
@@ -411,11 +412,70 @@ def check_memory(target, B, length, k):
     sizes = f"about {wanted / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free"
     need(wanted < free, f"{B} rows of {length} tokens take {sizes}")
 
+GPT2 = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"
+USUAL = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+         "tie_word_embeddings": True, "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
+
+def load_gpt2(where, device=None, dtype=None):
+    """OpenAI's GPT-2 -> (GPT in evaluation mode, tiktoken.Encoding). dtype: as `load_checkpoint`.
+
+    where: a folder as the hub keeps them (config.json; model.safetensors or pytorch_model.bin;
+    vocab.json and merges.txt), or a name in GPT2, downloaded once into torch.hub's folder.
+    OSError: a file is missing, or cannot be downloaded. ValueError: damaged, or not a GPT-2.
+    """
+    device, folder, weights = find_device(device), Path(where), {}
+    if where in GPT2:
+        folder = Path(torch.hub.get_dir(), where)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
+            url = f"https://huggingface.co/{where}/resolve/main/{name}"
+            if not (folder / name).exists():  # it appears complete, or not at all
+                torch.hub.download_url_to_file(url, folder / name)
+    with _load(folder, _tensors, "a GPT-2") as tensors:
+        config = json.loads((folder / "config.json").read_text())
+        for name, value in USUAL.items():  # with others, the same weights mean something else
+            need(config.get(name, value) == value, f"its {name} is {config.get(name)!r}")
+        names = "vocab_size", "n_positions", "n_layer", "n_head", "n_embd"
+        with torch.device("meta"):  # no memory: the tensors of the file become the weights
+            model = GPT(GPTConfig(*(config[name] for name in names)))
+        kind = torch.float32 if dtype in (None, torch.float16) else dtype
+        for name, weight in told(tensors.items(), "weights read"):
+            if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+                weights[name.removeprefix("transformer.")] = weight.to(device, kind)
+        model.load_state_dict(weights, assign=True)
+        with mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):  # or it keeps copies of the files
+            ranks = data_gym_to_mergeable_bpe_ranks(f"{folder}/merges.txt", f"{folder}/vocab.json")
+        encoding = make_encoding(r50k_pat_str, ranks)
+        need(encoding.n_vocab == model.config.vocab_size, "not an embedding for each token")
+    return (pack(model) if dtype == torch.float16 else model).eval(), encoding
+
+def _tensors(folder):
+    """{name: tensor}. A safetensors file is a length in 8 bytes, a JSON header, and raw bytes."""
+    file, other = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if not file.exists():
+        return torch.load(other, "cpu", weights_only=True, mmap=zipfile.is_zipfile(other))
+    data = np.memmap(file, mode="c")  # read when it is needed, not copied
+    start, tensors = 8 + int.from_bytes(data[:8].tobytes(), "little"), {}
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for name, entry in json.loads(data[8:start].tobytes()).items():
+        if name != "__metadata__":
+            kind, (begin, end) = kinds[entry["dtype"]], entry["data_offsets"]
+            need(0 <= begin < end <= len(data) - start, f"{name} lies outside of {file.name}")
+            place = {"offset": start + begin, "count": (end - begin) // kind.itemsize}
+            tensors[name] = torch.frombuffer(data, dtype=kind, **place).view(entry["shape"])
+    return tensors
+
+def told(items, what):  # on stderr, once they take over three seconds
+    start = time.time()
+    for i, item in enumerate(items):
+        yield item
+        if time.time() > start + 3:
+            print(f"{what}: {i + 1} of {len(items)}", end="\r", file=sys.stderr)
+
 def has_graphs(device):
     return device.type == "cuda" and device.index == torch.cuda.current_device()
 
 _spare = []  # streams of graphs that no longer exist, to be used again
-
 def capture(call, generator=None):
     """A function that does what call() does, as a CUDA graph: one launch for hundreds of kernels.
 

@@ -656,6 +656,7 @@ import signal
 import sys
 from model import CHECKPOINTS, BadInput, load_heads, load_pair, now
 
+ENGLISH = "It was the best of times, it was the worst of times, it was the age of wisdom, it was"
 PROMPT = "import os\nimport sys\n\ndef main(argv=None):\n    if argv is None:\n        argv = "
 COLOURS = {"accepted": 32, "rejected": 31, "not judged": 90, "correction": 33, "bonus": 36}
 
@@ -728,7 +729,9 @@ def show_times(target, prompts, n, drafter, k, rule, **options):
 def main(argv=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--prompt", default=PROMPT, help="text to continue (default: some Python code)")
+    add("--target", metavar="NAME", help="gpt2-xl or the like, or a folder (default: large.pt)")
+    add("--draft", metavar="NAME", help="the same (default: tiny.pt)")
+    add("--prompt", help="text to continue (default: some Python code; for a GPT-2, some English)")
     add("--prompt-file", metavar="FILE", help="a file with this text, or - for standard input")
     add("--max-new-tokens", type=int, default=48, metavar="N", help="default: 48")
     add("-k", metavar="K", help='guesses per round, or "auto" (default: 4, heads 6, ngram 10)')
@@ -743,27 +746,26 @@ def main(argv=None):
     add("--trace", action="store_true", help="show every coin of the rejection rule")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by the device")
-    add("--threads", type=int, default=1, metavar="N", help="default: 1, enough for small models")
+    add("--threads", type=int, default=1, metavar="N", choices=range(1, os.cpu_count() + 1))
     add("--checkpoints", metavar="DIR", default=CHECKPOINTS, help="where large.pt, tiny.pt .. are")
     args = parser.parse_args(argv)
     n, B, name, file = args.max_new_tokens, args.batch, args.drafter, args.prompt_file
-    need(1 <= args.threads <= os.cpu_count(), f"--threads must be 1 to {os.cpu_count()} here")
     need(1 <= B <= 10_000 and n >= 1, "--batch must be 1 to 10000, --max-new-tokens at least 1")
     need(not (args.k if name == "tree" else args.tree), "--tree is for trees, -k for all others")
     right = not args.trace or args.rule == "rejection" and name != "tree" and B == 1
     need(right, "--trace is for the rejection rule and one row")
     check_numbers(n, args.temperature or 0, args.top_k, args.top_p, args.seed)
     text = open({"-": 0}.get(file, file), encoding="utf-8").read() if file else args.prompt
+    text = (ENGLISH if args.target else PROMPT) if text is None else text
     torch.set_num_threads(args.threads)
-    dtype = args.dtype and getattr(torch, args.dtype)
-    target, draft, encoding = load_pair(args.checkpoints, args.device, dtype)
-    drafter, k = ModelDrafter(draft), 4
-    if name == "ngram":
-        drafter, k = NGramDrafter(), 10
-    elif name == "heads":
-        drafter, k = HeadsDrafter(load_heads(f"{args.checkpoints}/heads.pt", target)[0]), 6
-    elif name == "tree":
-        drafter = TreeDrafter(drafter, (args.tree or "2,1,1,1").split(","))
+    dtype, folder = args.dtype and getattr(torch, args.dtype), args.checkpoints
+    target, draft, encoding = load_pair(folder, args.device, dtype, args.target, args.draft)
+    drafter, k = {
+        "model": lambda: (ModelDrafter(draft), 4),
+        "ngram": lambda: (NGramDrafter(), 10),
+        "heads": lambda: (HeadsDrafter(load_heads(f"{folder}/heads.pt", target)[0]), 6),
+        "tree": lambda: (TreeDrafter(ModelDrafter(draft), (args.tree or "2,1,1,1").split(",")), 4),
+    }[name]()
     k = int(args.k) if (args.k or "").isdecimal() else args.k or k
     prompts = torch.tensor([encoding.encode_ordinary(text)]).expand(B, -1)
     show = lambda x: repr(encoding.decode([x]))[1:-1].replace(" ", "·")
@@ -779,8 +781,7 @@ def main(argv=None):
         for r in filter(lambda r: r.n_new[0] > 0, story):
             tell(r, show, name == "tree")
         show_times(target, prompts, n, drafter, k, args.rule, temperature=T, **filters)
-    print("\nNext:  python specdec.py --trace, or --drafter heads --rule block, or --help\n"
-          "       python tests/bench.py, for every drafter and rule in one table")  # fmt: skip
+    print("\nNext: add --trace, or --drafter heads --rule block; or try all: python tests/bench.py")
 
 def run_script(main):  # what a user can mend becomes one line; Ctrl-C and `| head` end it quietly
     for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):
@@ -791,8 +792,7 @@ def run_script(main):  # what a user can mend becomes one line; Ctrl-C and `| he
         status = main()
         sys.stdout.flush()
     except (BadInput, UnicodeError, OSError) as error:
-        words = " ".join(str(error).split())
-        print(f"{sys.argv[0]}: error: {words}", file=sys.stderr, flush=True)
+        print(f"{sys.argv[0]}: error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     sys.exit(status)
 

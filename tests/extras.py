@@ -31,7 +31,7 @@ class ConfidentHeadsDrafter(HeadsDrafter):
             draft_probs.append(probs_of(logits[:, -1]))
             tokens = specdec.categorical(draft_probs[-1], generator)[:, None]
             guesses.append(tokens)
-            chance = self.heads.acceptance(state)[:, 0]
+            chance = self.heads.confidence(state)[:, 0, 0].sigmoid()
             survival = survival * chance
             expected = expected + survival
             further = expected + survival * chance

@@ -96,6 +96,8 @@ def new_parser(description):
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by the device")
     add("--threads", type=threads, metavar="N", help="default: 1, or all if faster")
+    add("--target", metavar="NAME", help="gpt2-xl or the like, or a folder (default: large.pt)")
+    add("--draft", metavar="NAME", help="the same (default: tiny.pt)")
     add("--checkpoints", default=CHECKPOINTS, type=Path, metavar="DIR", help="of large.pt, ..")
     return parser
 
@@ -116,11 +118,12 @@ def load(args, drafters=()):
     need(right, "a tree has a rule and a shape of its own: leave out --rule and -k")
     args.tree = args.tree or [2, 1, 1, 1]
     dtype = args.dtype and getattr(torch, args.dtype)
-    target, draft, encoding = load_pair(args.checkpoints, args.device, dtype)
+    folder, pair = args.checkpoints, (args.target, args.draft)
+    target, draft, encoding = load_pair(folder, args.device, dtype, *pair)
     torch.set_num_threads(args.threads or best_threads(target))
-    file, wanted = args.checkpoints / "heads.pt", not drafters or "tree" in drafters
-    heads = []
-    if "heads" in drafters or wanted and file.exists():
+    file, wanted = folder / "heads.pt", not drafters or "tree" in drafters
+    heads = []  # they belong to large.pt
+    if "heads" in drafters or wanted and file.exists() and not args.target:
         heads = load_heads(file, target)
     return target, draft, heads, encoding
 

@@ -323,7 +323,9 @@ def test_confidence_decides_how_many_guesses(monkeypatch):
         for chances, ended, n in cases:
             chance = iter(torch.tensor(chances).T)
             heads = make_heads(0, 7, 16)
-            monkeypatch.setattr(heads, "acceptance", lambda state: next(chance)[:, None])
+            say = torch.nn.Identity()
+            say.forward = lambda state: next(chance).logit()[:, None, None]
+            heads.confidence = say
             drafter = ConfidentHeadsDrafter(heads, times)
             rows = make_rows([[1, 1, 1]] * len(chances))
             start(drafter, rows)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SPECDEC = (ROOT / "specdec.py").read_text()
 LATER = r"graph|clock|tree|\bheads?\b|noise|statistic|auto|coupled|time\.|ngram|n-gram"
-BUDGETS = {"kvcache.py": 110, "model.py": 450, "specdec.py": 800, "README.md": 200}
+BUDGETS = {"kvcache.py": 110, "model.py": 510, "specdec.py": 800, "README.md": 200}
 
 
 def parts():

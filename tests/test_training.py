@@ -544,7 +544,7 @@ def test_heads_learn_to_count():
         guesses.append(heads.lm_head(state).argmax().item())
         state = heads(state, torch.tensor([guesses[-1:]]), cache)
     assert guesses == [4, 5, 6, 0, 1, 2]
-    assert (heads.acceptance(state) > 0.8).all()  # and they know that they are right
+    assert (heads.confidence(state).sigmoid() > 0.8).all()  # and they know that they are right
 
 
 @pytest.mark.parametrize("markov", [True, False])
@@ -658,7 +658,7 @@ def test_the_confidence_learns_how_often_guesses_are_accepted():
     heads.requires_grad_(False)
     before = heads.c_state(F.pad(hidden, (0, 0, 1, -1)))
     state = heads(before, texts, heads.new_cache(16, 20))
-    assert 0.35 < heads.acceptance(state).mean() < 0.65
+    assert 0.35 < heads.confidence(state).sigmoid().mean() < 0.65
 
 
 def test_large_writes_after_prompts_of_the_corpus():
