@@ -21,18 +21,24 @@ EXERCISES = (
 )  # fmt: skip
 
 
-def starter(source, exercises=EXERCISES):
-    """The source; each of these functions does no more than raise an error that names it.
-
-    Signature and docstring stay; where there is no docstring, the comments stay.
-    """
-    lines, functions = source.splitlines(), {}
+def functions_of(source):
+    """{name: its node}; a method's name is that of its class, a dot, and its own."""
+    functions = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef):
             functions[node.name] = node
         elif isinstance(node, ast.ClassDef):
             methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
             functions |= {f"{node.name}.{method.name}": method for method in methods}
+    return functions
+
+
+def starter(source, exercises=EXERCISES):
+    """The source; each of these functions does no more than raise an error that names it.
+
+    Signature and docstring stay; where there is no docstring, the comments stay.
+    """
+    lines, functions = source.splitlines(), functions_of(source)
     missing = [name for name in exercises if name not in functions]
     if missing:
         raise ValueError(f"specdec.py has no function {', '.join(missing)}")

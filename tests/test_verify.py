@@ -111,6 +111,17 @@ def test_residual_of_three_tokens_by_hand():
     assert rejected == pytest.approx({0: 2 / 3 * 0.75, 1: 2 / 3 * 0.25})
 
 
+def test_residual_in_real_draws():
+    """The same with your own `bernoulli` and `categorical`: elsewhere all outcomes take their
+    place, and it would not show if one leaves it to the other to rescale. A frequency out of 2000
+    is within 6 standard errors; the seed is fixed."""
+    target, draft = distribution([[[5, 3, 2], [1, 1, 1]]]), distribution([[[1, 1, 3]]])
+    many = (x.expand(2000, *x.shape[1:]) for x in (target, draft, torch.tensor([[2]])))
+    n, token = verify(*many, torch.Generator().manual_seed(0))
+    for got, p in ((n == 0, 2 / 3), ((token[n == 0] == 0), 0.75), ((token[n == 0] == 1), 0.25)):
+        assert abs(got.double().mean() - p) < 6 * (p * (1 - p) / len(got)) ** 0.5
+
+
 def test_residual_is_that_of_the_first_rejected_guess():
     """Rejected at once, after one guess, after two: each place has its own residual."""
     sure = torch.eye(3).double()
@@ -233,6 +244,18 @@ def test_zero_rows_mean_no_guess():
     assert n.tolist() == [0, 1] and token.tolist() == [1, 0], hint
     after = judged(TARGET, 0 * DRAFT, torch.tensor([[0]]))
     assert after == pytest.approx({(0, 0): 0.7, (0, 1): 0.3}, abs=1e-15)
+
+
+def test_all_chance_comes_from_the_generator():
+    target, draft = (p.expand(128, *p.shape[1:]) for p in (TARGET, DRAFT))
+    guesses = torch.arange(128)[:, None] % 2
+
+    def judge(seed):
+        n, token = verify(target, draft, guesses, torch.Generator().manual_seed(seed))
+        return n.tolist(), token.tolist()
+
+    hint = "hand the generator on to `bernoulli` and `categorical`: equal seeds, equal verdicts"
+    assert judge(0) == judge(0) and judge(0)[0] != judge(1)[0] and judge(0)[1] != judge(1)[1], hint
 
 
 def test_rows_do_not_mix():
