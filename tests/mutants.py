@@ -805,7 +805,7 @@ CATALOGUE = [
     Mutant("K7", "u = 0 lets any token win the race", "-", "specdec.py",
            "    log_u = u.log_().clamp_(min=-1e3)", "    log_u = u.log_()", "sampling"),
     Mutant("K7b", "the same in the table of the coupled rule", "-", "specdec.py",
-           "self.log_u = u.log_().clamp_(min=-1e3)", "self.log_u = u.log_()", "coins rules"),
+           "self.log_u = u.log_().clamp_(min=-1e3)", "self.log_u = u.log_()", "rules"),
     Mutant("K8", "temperatures under .001 count as greedy", "-", "specdec.py",
            "if temperature == 0:", "if temperature < 1e-3:", "sampling"),
     Mutant("K9", "the table of the coupled rule in float32", "-", "specdec.py",

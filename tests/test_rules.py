@@ -227,6 +227,19 @@ def test_coupled_noise_is_new_for_every_row_position_and_token():
     assert torch.equal(coupled(even[:, 0].log()).argmax(-1), expected[:, 0])
 
 
+def test_coupled_noise_is_as_fine_as_float64():
+    """In float32 no rare token would ever win: the shortest time would be 2^-24."""
+    assert coupled_over([[0]], 1)[0].log_u.dtype == torch.float64
+
+
+def test_coupled_noise_of_0_lets_nothing_impossible_win(monkeypatch):
+    """A time of infinity would be as long as that of an impossible token."""
+    monkeypatch.setattr(torch, "rand", lambda *a, generator, **o: torch.zeros(*a, **o))
+    coupled, _ = coupled_over([[0]], 1, 3)
+    probs = torch.tensor([[[0.0, 0.0, 1.0]]], dtype=torch.float64)
+    assert coupled.draw(probs, torch.tensor([[0]])).item() == 2
+
+
 def test_coupled_draws_are_certain():
     """What it returns is one-hot, in the shape of the logits."""
     coupled, _ = coupled_over([[1, 2, 3], [4]], 4)
