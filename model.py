@@ -98,7 +98,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        need(config.n_embd % config.n_head == 0, "n_embd is not a multiple of n_head")
+        need(0 < config.n_head and config.n_embd % config.n_head == 0, "n_embd is no multiple of n_head")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -310,7 +310,7 @@ class Packed(nn.Module):
 def pack(model):
     """Replace every Conv1D in the layers of a GPT by a `Packed` one. ValueError: not here."""
     need(has_float16(model.wte.weight.device), "float16 is for processors with fbgemm")
-    for block in told(model.h, "layers packed"):
+    for block in watched(model.h, "layers packed"):
         for part, names in (block.attn, ("c_attn", "c_proj")), (block.mlp, ("c_fc", "c_proj")):
             for name in names:
                 setattr(part, name, Packed(getattr(part, name)))
@@ -391,8 +391,7 @@ def load_heads(path, target):
             heads.append(DraftHeads(V, n_state, n_embd, markov=kind == "markov"))
             heads[-1].load_state_dict(weights)
         right = content["target"] == fingerprint(target)
-    advice = f"`python train_tiny.py --distill --checkpoints {Path(path).parent}` trains new ones"
-    need(right, f"the heads in {path} belong to another target; {advice}")
+    need(right, f"the heads in {path} belong to another target: see `train_tiny.py --distill`")
     return [h.to(target.wte.weight).eval() for h in heads]
 
 def fingerprint(model):
@@ -413,8 +412,8 @@ def check_memory(target, B, length, k):
     need(wanted < free, f"{B} rows of {length} tokens take {sizes}")
 
 GPT2 = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"
-USUAL = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-         "tie_word_embeddings": True, "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
+USUAL = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+           scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
 
 def load_gpt2(where, device=None, dtype=None):
     """OpenAI's GPT-2 -> (GPT in evaluation mode, tiktoken.Encoding). dtype: as `load_checkpoint`.
@@ -424,13 +423,14 @@ def load_gpt2(where, device=None, dtype=None):
     OSError: a file is missing, or cannot be downloaded. ValueError: damaged, or not a GPT-2.
     """
     device, folder, weights = find_device(device), Path(where), {}
-    if where in GPT2:
+    if where in GPT2 and not folder.exists():
         folder = Path(torch.hub.get_dir(), where)
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
             url = f"https://huggingface.co/{where}/resolve/main/{name}"
-            if not (folder / name).exists():  # it appears complete, or not at all
+            if not (folder / name).exists():
                 torch.hub.download_url_to_file(url, folder / name)
+    need(folder.is_dir(), f"{where} is no folder, and none of the names {', '.join(GPT2)}")
     with _load(folder, _tensors, "a GPT-2") as tensors:
         config = json.loads((folder / "config.json").read_text())
         for name, value in USUAL.items():  # with others, the same weights mean something else
@@ -439,7 +439,7 @@ def load_gpt2(where, device=None, dtype=None):
         with torch.device("meta"):  # no memory: the tensors of the file become the weights
             model = GPT(GPTConfig(*(config[name] for name in names)))
         kind = torch.float32 if dtype in (None, torch.float16) else dtype
-        for name, weight in told(tensors.items(), "weights read"):
+        for name, weight in watched(tensors.items(), "weights read"):
             if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                 weights[name.removeprefix("transformer.")] = weight.to(device, kind)
         model.load_state_dict(weights, assign=True)
@@ -459,18 +459,18 @@ def _tensors(folder):
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     for name, entry in json.loads(data[8:start].tobytes()).items():
         if name != "__metadata__":
-            kind, (begin, end) = kinds[entry["dtype"]], entry["data_offsets"]
+            kind, (begin, end) = kinds.get(entry["dtype"], torch.uint8), entry["data_offsets"]
             need(0 <= begin < end <= len(data) - start, f"{name} lies outside of {file.name}")
             place = {"offset": start + begin, "count": (end - begin) // kind.itemsize}
             tensors[name] = torch.frombuffer(data, dtype=kind, **place).view(entry["shape"])
     return tensors
 
-def told(items, what):  # on stderr, once they take over three seconds
+def watched(items, what):  # on stderr, once they take over three seconds
     start = time.time()
     for i, item in enumerate(items):
         yield item
         if time.time() > start + 3:
-            print(f"{what}: {i + 1} of {len(items)}", end="\r", file=sys.stderr)
+            print(f"{what}: {i + 1} of {len(items)}".ljust(40), end="\r", file=sys.stderr)
 
 def has_graphs(device):
     return device.type == "cuda" and device.index == torch.cuda.current_device()

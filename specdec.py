@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 # ---- Part 1: speculative decoding ----------------------------------------------------------------
-# (need, Round, RULES, collect, as_rows and check_arguments come later: as their names say.)
+# (`need` refuses bad input. Round, RULES, collect, as_rows and check_arguments come later, too.)
 
 def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (..., V) -> the distribution to draw from: same shape, sums to 1, float32 or better.
@@ -55,7 +55,7 @@ def categorical(probs, generator=None):
     the first to arrive is v with probability probs[v].
     """
     u = torch.rand(probs.shape, generator=generator, device=probs.device, dtype=torch.float64)
-    log_u = u.log_().clamp_(min=-1e3)  # if u is 0: an infinite time would mean never
+    log_u = u.log_().clamp_(min=-1e3)  # u = 0 must not take for ever, as probability 0 does
     return (-log_u / probs).argmin(-1)
 
 class Rows:
@@ -122,7 +122,7 @@ def verify(target_probs, draft_probs, draft_tokens, generator=None):
     # Accept each guess with probability min(1, target / draft), up to the first rejection.
     x = draft_tokens[..., None]
     target_x, draft_x = target_probs[:, :-1].gather(-1, x), draft_probs.gather(-1, x)
-    ratio = torch.where(draft_x > 0, target_x / draft_x, 0)[..., 0]  # (B, k); 0: none was made
+    ratio = torch.where(draft_x > 0, target_x / draft_x, 0)[..., 0]  # (B, k); 0: no guess
     n_accepted = bernoulli(ratio.clamp(max=1), generator).cumprod(1).sum(1)
     # Then one token of the residual, max(0, target - draft). After the last guess no draft is
     # there to subtract: with zeros in its place, the bonus token is no special case.
@@ -205,7 +205,7 @@ def generate(target, prompt, max_new_tokens, *, drafter=None, k=4, rule="rejecti
 
 def rounds(target, prompt, max_new_tokens, drafter=None, k=4, rule="rejection",
            temperature=1.0, top_k=None, top_p=None, eos=None, seed=None):  # fmt: skip
-    """The same, round by round: an iterator of `Round`, once all arguments are checked."""
+    """`generate`, round by round: an iterator of `Round`, once all arguments are checked."""
     prompts, drafter, k, rule, eos, seed = check_arguments(**locals())
     rows = Rows(prompts, max_new_tokens, k + 1, eos)
     probs_of = functools.partial(to_probs, temperature=temperature, top_k=top_k, top_p=top_p)

@@ -30,6 +30,9 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to lose
+
 import torch
 import torch.nn.functional as F
 from tiktoken._educational import bpe_train
@@ -387,6 +390,8 @@ class Run:
             try:
                 state = load_whole(self.path)
                 same = state["settings"] == settings and dtype in (None, state["dtype"])
+            except (OSError, MemoryError):
+                raise  # it may be as good as ever
             except Exception as error:
                 raise BadInput(f"{self.path} is damaged: delete it") from error
             advice = "finish that, or delete the file"
@@ -645,6 +650,7 @@ def main(argv=None):
     try:
         run(args)
     except (Interrupted, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience shall not hide what is said
         print(str(error) or interruption(args.checkpoints / "partial.pt"), file=sys.stderr)
         sys.exit(130)
 

@@ -74,7 +74,7 @@ def widths(text):
 def new_file(text):
     """A type for argparse: where a file can be written."""
     path = Path(text)
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+    if path.exists() and not path.is_file() or not os.access(path.absolute().parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written")
     return path
 
@@ -116,6 +116,8 @@ def load(args, drafters=()):
     need(not drafters or "tree" in drafters or args.tree is None, "--tree is for --drafter tree")
     right = "tree" not in drafters or args.k is None and args.rule in (None, "rejection")
     need(right, "a tree has a rule and a shape of its own: leave out --rule and -k")
+    right = not args.target or "heads" not in drafters
+    need(right, "the heads belong to large.pt: leave out --target and --draft")
     args.tree = args.tree or [2, 1, 1, 1]
     dtype = args.dtype and getattr(torch, args.dtype)
     folder, pair = args.checkpoints, (args.target, args.draft)

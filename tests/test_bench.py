@@ -523,6 +523,7 @@ BAD_BENCH = [
     (["--sweep", "--batch", "2"], "--sweep has batch sizes of its own"),
     (["--json", "/nowhere/x.json"], "argument --json: /nowhere/x.json cannot be written"),
     (["--json", "/tmp"], "argument --json: /tmp cannot be written"),
+    (["--json", "/dev/null"], "argument --json: /dev/null cannot be written"),
 ]
 BAD_CHECK = [
     (["-k", "auto"], "-k auto follows the clock"),

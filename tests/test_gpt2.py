@@ -19,7 +19,8 @@ from specdec import generate
 from test_model import gpt2_in_numpy
 
 TEXT = "def naïve(x):\n    return 'x' * 12345  # naïve, isn't it?\n\n\n日本語 \U0001f600\n" * 3
-KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+KINDS |= {torch.int64: "I64", torch.uint8: "U8"}
 
 
 def printable():
@@ -70,7 +71,7 @@ def write_gpt2(
     model = make_gpt(seed, len(ranks) + 1, 128, n_layer=3).to(dtype).float()
     weights = {prefix + name: w.to(dtype) for name, w in model.state_dict().items()}
     for layer in range(3):  # what old files have beside weights
-        weights[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 4, 4)
+        weights[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
         weights[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     if prefix:
         weights["lm_head.weight"] = weights[f"{prefix}wte.weight"]
@@ -208,7 +209,7 @@ def damaged(folder, what):
     ("a few bytes", ""), ("a long header", ""), ("no JSON", ""),
     ("offsets before the data", "lies outside"), ("offsets behind the data", "lies outside"),
     ("missing", 'Missing key.*"h.1.mlp.c_fc.weight"'), ("extra", 'Unexpected key.*"h.9.ln_1.bias"'),
-    ("misshapen", "size mismatch for h.1.mlp.c_fc.weight"), ("integers", "I64"),
+    ("misshapen", "size mismatch for h.1.mlp.c_fc.weight"), ("integers", "invalid for input"),
     ("a damaged .bin", ""), ("a program in .bin", ""), ("no config", ""),
     ("a shorter config", "vocab_size"), ("other merges", ""),
     ("too small a vocabulary", "not an embedding for each token"),
@@ -221,7 +222,8 @@ def test_what_is_damaged_is_refused_in_one_line(tmp_path, what, words):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("activation_function", "relu"), ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False),
+    ("model_type", "gpt_bigcode"), ("activation_function", "relu"),
+    ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False),
     ("tie_word_embeddings", False), ("scale_attn_by_inverse_layer_idx", True),
 ])  # fmt: skip
 def test_a_model_that_calculates_otherwise_is_refused(tmp_path, name, value):
@@ -235,6 +237,24 @@ def test_what_is_missing_is_named(tmp_path, file):
     write_gpt2(tmp_path)
     (tmp_path / file).unlink()
     with pytest.raises(FileNotFoundError, match=file.replace("model.safetensors", "pytorch_model")):
+        load_gpt2(tmp_path)
+
+
+def test_neither_a_folder_nor_a_name(tmp_path, monkeypatch):
+    """A folder of that name comes first; a file, or a mistyped name, is no such thing."""
+    (tmp_path / "file").write_text("x")
+    for where in (tmp_path / "gtp2", tmp_path / "file"):
+        with pytest.raises(ValueError, match="is no folder, and none of the names gpt2, gpt2-me"):
+            load_gpt2(where)
+    write_gpt2(tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    assert load_gpt2("gpt2")[0].config.n_layer == 3
+
+
+@pytest.mark.parametrize("n_head", [0, -4, 3])
+def test_heads_that_do_not_divide_the_width_are_refused(tmp_path, n_head):
+    write_gpt2(tmp_path, n_head=n_head)
+    with pytest.raises(ValueError, match="no multiple of n_head"):
         load_gpt2(tmp_path)
 
 
