@@ -98,7 +98,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        need(0 < config.n_head and config.n_embd % config.n_head == 0, "n_embd: no multiple of n_head")
+        need(0 < config.n_head and config.n_embd % config.n_head == 0, "no multiple of n_head")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)

@@ -16,7 +16,7 @@ from hypothesis import Phase, settings
 from model import GPT, BadInput, DraftHeads, GPTConfig
 
 FALSE_ALARM = 1e-6  # the chance that the whole suite raises a false alarm, were all its seeds new:
-N_P_VALUES = 19  # it is divided among as many p-values, 17 in test_sampled_law.py and 2 in test_shipped_pair.py
+N_P_VALUES = 18  # it is divided among as many p-values, 16 in test_sampled_law.py and 2 in test_shipped_pair.py
 
 PHASES = set(Phase) - {Phase.explain}  # whose lines of PyTorch's insides help nobody
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=50, phases=PHASES)

@@ -9,6 +9,7 @@ A mutant replaces one piece of the real source. It must occur there exactly once
 longer applies is an error.
 """
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -644,7 +645,7 @@ CATALOGUE = [
            "probs, logits = probs, logits", "tree"),
     Mutant("I4", "the accepted path is cut off, not gathered",
            "sgl-project/sglang#15360", "kvcache.py",
-           "start + path]", "start + self.cache.slot[:n]]", "tree"),
+           "start + path]", "start + self.cache.slot[:n]]", "tree -k compaction"),
     Mutant("I6", "a causal mask inside the tree", "vllm-project/vllm#17560", "kvcache.py",
            "sees = self.tree[:,", "sees = torch.ones_like(self.tree).tril(M - T)[:,", "tree"),
     Mutant("I7", "siblings at positions one after the other", "-", "kvcache.py",
@@ -1026,12 +1027,17 @@ CATALOGUE = [
 FAST = ("A2", "B3", "E1", "F1", "G1", "X2", "I4")  # one of each kind, for the ordinary test command
 
 
+@functools.cache
+def read(file):
+    return file.read_text(encoding="utf-8")
+
+
 def patched(mutant):
     """The source of the mutant's file with the bug in it.
 
     ValueError: the patch does not apply exactly once.
     """
-    source = (ROOT / mutant.file).read_text(encoding="utf-8")
+    source = read(ROOT / mutant.file)
     n = source.count(mutant.old)
     if n != 1:
         raise ValueError(f"mutant {mutant.id}: its text occurs {n} times in {mutant.file}")

@@ -269,13 +269,13 @@ def test_a_tree_shows_the_path_that_was_accepted(capsys):
 
 def test_something_is_there_within_seconds():
     """With the shipped pair, the first line comes soon; the default story does not end early."""
-    command = [sys.executable, "-u", "specdec.py", "--threads", "1"]
+    command = [sys.executable, "-u", "specdec.py", "--temperature", "0"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         start = time.perf_counter()
         assert process.stdout.readline().startswith("The target: ")
         assert time.perf_counter() - start < 20  # 3 seconds, on a machine that does nothing else
         out = process.stdout.read()
-    assert process.returncode == 0 and out.count(" 48      48 ") == 2
+    assert process.returncode == 0 and out.count(" 48      48 ") == 1
     assert max(map(len, out.splitlines())) <= 100
 
 

@@ -87,9 +87,8 @@ def assert_exact(counts, n, **options):
     assert p > LEVEL, f"TV {tv:.4f}, by chance {chance:.4f}, visible from {visible:.4f}"
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_samples_follow_the_exact_distribution(k):
-    counts, alpha = sample(k, seed=k)
+def test_samples_follow_the_exact_distribution():
+    counts, alpha = sample(4, seed=4)
     assert_exact(counts, N)
     assert 0.3 < alpha < 0.8  # guesses were rejected, so the residual was drawn from
 

@@ -31,7 +31,7 @@ def test_the_draft_is_good(pair, temperature, floor):
     gets slow.
     """
     target, draft, encoding = pair
-    prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1)
+    prompt = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(12, -1)
     options = {"drafter": ModelDrafter(draft), "k": 4, "temperature": temperature, "seed": 0}
     assert generate(target, prompt, 60, **options).stats.expected_acceptance_rate > floor
 
@@ -39,7 +39,7 @@ def test_the_draft_is_good(pair, temperature, floor):
 def test_the_heads_are_good_and_better_when_they_see(pair):
     """Acceptance at temperature 1: .75 for heads that see the token just guessed, .33 for blind."""
     target, _, encoding = pair
-    prompt, alpha = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(20, -1), []
+    prompt, alpha = torch.tensor(encoding.encode_ordinary(PROMPT)).expand(12, -1), []
     for heads in load_heads(CHECKPOINTS / "heads.pt", target):
         stats = generate(target, prompt, 60, drafter=HeadsDrafter(heads), k=4, seed=0).stats
         alpha.append(stats.expected_acceptance_rate)
