@@ -431,7 +431,7 @@ def load_gpt2(where, device=None, dtype=None):
             if not (folder / name).exists():
                 torch.hub.download_url_to_file(url, folder / name)
     need(folder.is_dir(), f"{where} is no folder, and none of the names {', '.join(GPT2)}")
-    with _load(folder, _tensors, "a GPT-2") as tensors:
+    with _load(folder, _tensors, "a GPT-2" + "; delete it" * (folder != Path(where))) as tensors:
         config = json.loads((folder / "config.json").read_text())
         for name, value in USUAL.items():  # with others, the same weights mean something else
             need(config.get(name, value) == value, f"its {name} is {config.get(name)!r}")

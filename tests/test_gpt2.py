@@ -278,6 +278,10 @@ def test_a_name_is_downloaded_once(tmp_path, monkeypatch):
         assert load_gpt2("gpt2-xl")[0].config.n_layer == 3
     files = ["config.json", "vocab.json", "merges.txt", "merges.txt", "model.safetensors"]
     assert urls == [f"https://huggingface.co/gpt2-xl/resolve/main/{file}" for file in files]
+    file = tmp_path / "hub" / "gpt2-xl" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])  # as when a server breaks off
+    with pytest.raises(ValueError, match="damaged, or not a GPT-2; delete it"):
+        load_gpt2("gpt2-xl")
     assert set(GPT2) == {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
 
 
