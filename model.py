@@ -147,9 +147,8 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, target=None, draft=No
     """
     need(bool(target) == bool(draft), "a target needs a draft, and a draft a target")
     folder, device = Path(folder), find_device(device)
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        dtype = torch.float16 if has_float16(device) else dtype
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype or (torch.float16 if has_float16(device) else default)
     if target:
         (target, encoding), (draft, other) = (load_gpt2(x, device, dtype) for x in (target, draft))
     else:
@@ -404,8 +403,9 @@ def check_memory(target, B, length, k):
     c, weight, free = target.config, target.wte.weight, math.inf
     kv, logits = 2 * c.n_layer * c.n_embd * weight.itemsize, 8 * c.vocab_size
     wanted = 1.1 * B * (length * (kv + logits) + 5 * k * logits)
-    if weight.is_cuda:
-        free = torch.cuda.mem_get_info(weight.device)[0]
+    if wanted > 1e9 and weight.is_cuda:  # what PyTorch holds and does not use is free as well
+        own = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+        free = torch.cuda.mem_get_info(weight.device)[0] + own
     elif wanted > 1e9 and os.path.exists("/proc/meminfo"):
         free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     sizes = f"about {wanted / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free"
