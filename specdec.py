@@ -444,7 +444,7 @@ class AutoK:
         self.none.start(*args)
         self.drafter.start(*args)
     def commit(self, rows, hidden):
-        need(getattr(self.drafter, "rows", rows) is rows, "in use by another generation")
+        need(getattr(self.drafter, "rows", rows) is rows, "drafter in use by another generation")
         self.drafter.commit(rows, hidden)
     def propose(self, rows, k, probs_of, generator):
         moment, room = time.perf_counter(), rows.room().max().item()  # of the slowest row
