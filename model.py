@@ -332,8 +332,7 @@ class DraftHeads(nn.Module):
     where a token stands. One block serves every position: EAGLE (Li et al. 2024, arXiv 2401.15077).
     It sees the token just guessed, so its guesses follow from each other: the idea of DSpark's
     Markov head (arXiv 2607.05147). Without the embedding (markov=False) it is blind: it does not
-    know what the guess before became, as Medusa's heads (Cai et al. 2024, arXiv 2401.10774).
-    """
+    know what the guess before became, as Medusa's heads (Cai et al. 2024, arXiv 2401.10774)."""
     def __init__(self, vocab_size, n_state, n_embd, markov=True):
         super().__init__()
         self.config = GPTConfig(vocab_size, block_size=0, n_layer=1, n_head=4, n_embd=n_embd)
@@ -357,8 +356,7 @@ def target_states(hidden, cache, slots):
 
     The last hidden state there, (B, T, D), and the attention's values in the layers at one and two
     thirds of the depth. The last state is made to tell the next token; layers below know more of
-    what led to it: EAGLE-3 (Li et al. 2025, arXiv 2503.01840). Their values lie in the cache.
-    """
+    what led to it: EAGLE-3 (Li et al. 2025, arXiv 2503.01840). Their values lie in the cache."""
     row = torch.arange(len(slots), device=slots.device)[:, None]
     values = cache.v[_thirds(len(cache.v))][:, row, :, slots]
     return torch.cat((hidden, values.flatten(2)), -1)
@@ -380,8 +378,7 @@ def load_heads(path, target):
     """-> the two DraftHeads, seeing and blind, where and in what dtype the target is.
 
     OSError: no such file. ValueError: damaged, or trained on another target, whose hidden states
-    mean something else.
-    """
+    mean something else."""
     heads = []
     with _load(path) as content:
         for kind in ("markov", "blind"):
@@ -475,33 +472,36 @@ def watched(items, what):  # on stderr, once they take over three seconds
 def has_graphs(device):
     return device.type == "cuda" and device.index == torch.cuda.current_device()
 
+# cuDNN's attention would compile a plan for every new length, 40 to 60 ms each.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 _spare = []  # streams of graphs that no longer exist, to be used again
 def capture(call, generator=None):
-    """A function that does what call() does, as a CUDA graph: one launch for hundreds of kernels.
+    """-> launch, result: call() as a CUDA graph, one launch for hundreds of kernels.
 
-    The first call runs as it is, and is then recorded; from then on the recording is replayed: the
-    same kernels, at the same addresses. So shapes must be fixed, the host must not look at any
-    result, and state must be changed in place. The coins of every replay are new, since the graph
-    knows the generator. call() returns a tuple; tensors in it are copied after a replay.
+    call() is recorded, and has to have run before. launch() replays it: the same kernels, at the
+    same addresses. So shapes must be fixed, the host must not look at any result, and state must be
+    changed in place. The coins of every replay are new, since the graph knows the generator.
+    result(): copies of the tensors that call() returned in the last replay. Who looks at them waits
+    for that replay, but not for the next one: replays have a stream of their own.
     """
-    graph, recorded = torch.cuda.CUDAGraph(), None
+    graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    @torch.inference_mode()
-    def replay():
-        nonlocal recorded
-        if recorded is None:
-            out = call()
-            # No two living graphs on one stream (of the 32 that PyTorch has): when one dies,
-            # PyTorch 2.13 frees what cuBLAS needs on that stream for both (its issue 193402).
-            stream = _spare.pop() if _spare else torch.cuda.Stream()
-            weakref.finalize(graph, _spare.append, stream)
-            with torch.cuda.graph(graph, stream=stream):
-                recorded = call()  # nothing happens yet
-            return out
-        graph.replay()
-        return [x.clone() if isinstance(x, torch.Tensor) else x for x in recorded]
-    return replay
+    # No two living graphs on one stream (of the 32 that PyTorch has): when one dies,
+    # PyTorch 2.13 frees what cuBLAS needs on that stream for both (its issue 193402).
+    stream = _spare.pop() if _spare else torch.cuda.Stream()
+    weakref.finalize(graph, _spare.append, stream)
+    with torch.cuda.graph(graph, stream=stream):
+        recorded = call()  # nothing happens yet
+    def launch():
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            graph.replay()
+    def result():
+        torch.cuda.current_stream().wait_stream(stream)
+        return [x.clone() for x in recorded]
+    return launch, result
 
 def now():
     """Seconds, once all that was queued for a GPU is done."""

@@ -261,10 +261,9 @@ class Stats:
         self.accepted += torch.minimum(r.n_accepted, r.n_new).sum().item()
         self.emitted += r.n_new.sum().item()
         self.overlap += overlap[is_judged].sum().item()
-    # alpha; the same without the noise of the coins, for `verify`; tau, corrections included
-    acceptance_rate = property(lambda self: self.accepted / max(1, self.evaluated))
+    acceptance_rate = property(lambda self: self.accepted / max(1, self.evaluated))  # alpha
     expected_acceptance_rate = property(lambda self: self.overlap / max(1, self.evaluated))
-    tokens_per_pass = property(lambda self: self.emitted / max(1, self.rounds))
+    tokens_per_pass = property(lambda self: self.emitted / max(1, self.rounds))  # tau
 
 class Result(NamedTuple):
     tokens: list  # B lists of new token ids
@@ -309,8 +308,7 @@ def verify_block(target_probs, draft_probs, draft_tokens, generator=None):
         w_0 = 1,  w_i = min(1, w_{i-1} target / draft of guess i)
         Z_i = sum max(0, w_i target_i - draft_i),  h_i = Z_i / (Z_i + 1 - w_i), or 1 if w_i = 1
     A coin for each of h_1..h_k: the last yes, n, is the number of guesses accepted. Then comes one
-    token of max(0, w_n target_n - draft_n), rescaled.
-    """
+    token of max(0, w_n target_n - draft_n), rescaled."""
     weights = [torch.ones_like(target_probs[:, 0, 0])]
     for r in ratio(target_probs[:, :-1], draft_probs, draft_tokens).unbind(1):
         weights.append((weights[-1] * r).clamp(max=1))  # 0 * inf is NaN, which no coin is below
@@ -328,24 +326,19 @@ RULES = {"rejection": verify, "block": verify_block, "coupled": verify}  # coupl
 
 class NoDrafter:
     """Guesses nothing: a round is a step of plain decoding."""
-    def start(self, target, cache, rows, hidden):
-        self.vocab_size = target.config.vocab_size
+    def start(self, target, cache, rows, hidden): self.vocab_size = target.config.vocab_size
     def propose(self, rows, k, probs_of, generator):
-        none = rows.tokens[:, :0]
-        return none, torch.zeros(*none.shape, self.vocab_size, device=none.device)
-    def commit(self, rows, hidden):
-        pass
+        probs = torch.zeros(len(rows.length), 0, self.vocab_size, device=rows.tokens.device)
+        return rows.tokens[:, :0], probs
+    def commit(self, rows, hidden): pass
 
 class Coupled:
     """The coupled rule: Daliri, Musco, Suresh 2024 (arXiv 2408.07978). drafter: any, or None.
-
     Target and drafter draw with the same random numbers, one for each row, position and token. So
     mostly the same token wins both races (see `categorical`), and the text is the very text of
     plain decoding, whoever guesses. An instance takes the place of `to_probs`: it draws a token at
-    once, and says that this one is certain. For what is left, greedy decoding, `verify` is right.
-    """
-    def __init__(self, drafter):
-        self.drafter = drafter or NoDrafter()
+    once, and says that it is certain. For what is left, greedy decoding, `verify` is right."""
+    def __init__(self, drafter): self.drafter = drafter or NoDrafter()
     def own_rounds(self, target, rows, k, rule, probs_of, generator):
         self.probs_of, self.rows, self.start, self.ahead = probs_of, rows, rows.length.clone(), 0
         shape = rows.room().max() + 1, len(rows.length), target.config.vocab_size
@@ -368,8 +361,7 @@ class Coupled:
 
 class NGramDrafter(NoDrafter):
     """Guesses what followed the last few tokens where they stood in the text before: prompt lookup,
-    Saxena 2023. Of matches of up to max_n tokens the longest wins, and of these the latest.
-    """
+    Saxena 2023. Of matches of up to max_n tokens the longest wins, and of these the latest."""
     def __init__(self, max_n=3):
         need(max_n >= 1, f"max_n is {max_n}; it must be at least 1")
         self.max_n = max_n
@@ -391,18 +383,16 @@ class NGramDrafter(NoDrafter):
 
 class HeadsDrafter(ModelDrafter):
     """Guesses with `DraftHeads`, a draft model of one block that sees the target's states."""
-    def __init__(self, heads):
-        self.heads, self.n_unread = heads, None
+    def __init__(self, heads): self.heads = heads
     def start(self, target, cache, rows, hidden):
         self.cache, self.rows = self.heads.new_cache(*rows.tokens.shape), rows
-        self.target_cache = cache
-        self.length = rows.length.clone()  # as it was at the last commit
+        self.target_cache, self.length = cache, rows.length.clone()  # length: at the last commit
         room = rows.tokens.shape[1] - 1 - hidden.shape[1]
         self.hidden = F.pad(hidden, (0, 0, 1, room))  # [:, t]: the target's last before token t
-    def unread(self, rows):
+    def unread(self, rows, n=None):
         """Up to k+1 tokens, or the prompt. Rows too short for so many repeat their newest."""
         need(rows is self.rows, "this drafter is in use by another generation")
-        n = self.n_unread or (rows.length - self.cache.length).max().item()
+        n = n or (rows.length - self.cache.length).max().item()
         start = (rows.length - n).clamp(min=0)
         self.cache.rollback(start)
         where = start[:, None] + torch.arange(n, device=start.device)
@@ -431,30 +421,29 @@ class HeadsDrafter(ModelDrafter):
 class AutoK:
     """Any drafter, asked for more guesses (+2) after a round in which all were accepted, for fewer
     (-1) after others, as in Hugging Face's transformers, and for none where guessing loses time.
-
     The unit of its account is a plain round. Guessing has a credit of 3, and 1% of the plain rounds
     is added; what a round with guesses gains or loses is added, too, but 6 is the most. It looks
-    back only, by a clock of its own: the distribution stays, but equal seeds may differ.
-    """
+    back only, by a clock of its own: the distribution stays, but equal seeds may differ."""
     def __init__(self, drafter):
         self.drafter, self.none, self.k, self.credit = drafter, NoDrafter(), 4, 3.0
-        self.plain = []  # seconds of plain rounds
+        self.plain, self.asked = [], []  # seconds of plain rounds; guesses, if not known what came
     def start(self, *args):
-        self.last = None
         self.none.start(*args)
         self.drafter.start(*args)
     def commit(self, rows, hidden):
         need(getattr(self.drafter, "rows", rows) is rows, "drafter in use by another generation")
         self.drafter.commit(rows, hidden)
     def propose(self, rows, k, probs_of, generator):
-        moment, room = time.perf_counter(), rows.room().max().item()  # of the slowest row
-        if self.last is not None:
-            n, start, before = self.last
-            self.learn(n, moment - start, before - room)
-        self.k = max(1, min(self.k, k))
-        n = self.k if len(self.plain) >= 3 and self.credit > 0 else 0
-        self.last = n, moment, room
+        n = self.choose(k, rows.room().max().item()) if k > 0 else 0
         return (self.drafter if n > 0 else self.none).propose(rows, n, probs_of, generator)
+    def choose(self, k, room, n_ahead=0):
+        """How many guesses, up to k, if the slowest row has this room, and n_ahead rounds run."""
+        moment = time.perf_counter()
+        if len(self.asked) > n_ahead:
+            self.learn(self.asked.pop(0), moment - self.moment, self.room - room)
+        self.moment, self.room, self.k = moment, room, max(1, min(self.k, k))
+        self.asked.append(self.k if len(self.plain) >= 3 and self.credit > 0 else 0)
+        return self.asked[-1]
     def learn(self, n, seconds, tokens):
         if n == 0:
             self.plain.append(seconds)
@@ -465,9 +454,7 @@ class AutoK:
             self.credit = min(6.0, self.credit + max(-2.0, gain))  # one slow round is no verdict
 
 def levels(widths):
-    """Of a token tree, level by level: where the level above begins, its own nodes first..end, and
-    the children of each node above. The root is node 0.
-    """
+    """Level by level: where the one above begins, its nodes first..end, width. The root is 0."""
     first, end = 0, 1
     for width in widths:
         above, first, end = first, end, end + (end - first) * width
@@ -484,22 +471,18 @@ def ancestors(widths, device):
 
 class TreeDrafter:
     """A tree of guesses by a model or heads: widths[i] children of every node at level i.
-
     Siblings are drawn without replacement. Where no mass is left for another, as at temperature 0
-    after the first, the best untried token is certain; top=True does that from the first child on.
-    """
+    after the first, the best untried token is certain; with top=True from the first child on."""
     def __init__(self, drafter, widths, top=False):
         names = [str(width) for width in widths]
         right = names and all(name.isdecimal() and int(name) >= 1 for name in names)
         need(right, f"the widths of a tree are {','.join(names)}; they must be numbers from 1 on")
         self.drafter, self.widths, self.top = drafter, tuple(map(int, names)), top
         self.n_nodes = [*levels(self.widths)][-1][2] - 1  # but for the root
-    def start(self, *args):
-        self.drafter.start(*args)
-    @staticmethod
-    def own_round(target, cache, drafter, rows, k, rule, probs_of, generator):
-        widths = drafter.widths[:k]  # near the end of the text, a shallower tree
-        guesses, draft_probs = drafter.propose(rows, widths, probs_of, generator)
+    def start(self, *args): self.drafter.start(*args)
+    def own_round(self, target, cache, _, rows, k, rule, probs_of, generator):
+        widths = self.widths[:k]  # near the end of the text, a shallower tree
+        guesses, draft_probs = self.propose(rows, widths, probs_of, generator)
         # The root is the newest token; all nodes are scored in one pass.
         tree = ancestors(widths, guesses.device)
         view = TreeView(cache, tree)
@@ -512,7 +495,7 @@ class TreeDrafter:
         tokens = F.pad(guesses, (0, 1)).scatter(1, n_accepted[:, None], token[:, None])
         n_new = rows.append(tokens, n_accepted + 1)
         cache.rollback(rows.length - 1)
-        drafter.commit(rows, at(hidden, path), tree, path)
+        self.commit(rows, at(hidden, path), tree, path)
         return Round(guesses, draft_probs, at(target_probs, path), n_accepted, tokens, n_new)
     def propose(self, rows, widths, probs_of, generator):  # -> (B, N), (B, N, V): all but the root
         inner, tree = self.drafter, ancestors(widths, rows.tokens.device)
@@ -533,8 +516,7 @@ class TreeDrafter:
         return torch.cat(tokens[1:], 1), torch.cat(draft_probs, 1)
     def commit(self, rows, hidden, tree, path):
         """Keep what the drafter has read of the path: not the last level."""
-        depth = tree.sum(1)
-        n = (depth < depth.max()).sum()
+        n = len(tree) - math.prod(self.widths[: path.shape[1] - 1])
         TreeView(self.drafter.cache, tree[1:n, 1:n]).keep(path[:, 1:-1] - 1)
         self.drafter.commit(rows, hidden)
 
@@ -544,8 +526,7 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     target_probs (B, N+1, V) after each node; draft_probs (B, N, V) and draft_tokens (B, N) of all
     but the root. At a node, R being its target_probs: accept a child with min(1, R / draft), else
     R = max(0, R - draft), rescaled, for the next child. If none is accepted, one token of R.
-    -> n_accepted (B,), next_token (B,), path (B, depth + 1): root, accepted nodes, then any.
-    """
+    -> n_accepted (B,), next_token (B,), path (B, depth + 1): root, accepted nodes, then any."""
     left = target_probs.clone()  # R of each node
     accepted = [torch.ones_like(draft_tokens[:, :1], dtype=torch.bool)]  # level by level
     for above, first, end, width in levels(widths):
@@ -564,31 +545,52 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
     return n_accepted, categorical(at(left, at(path, n_accepted)), generator), path
 
 class Replayed:
-    """A drafter, None for plain decoding, whose rounds a GPU replays as a CUDA graph.
-    To launch a small model's hundreds of operations takes longer than to do them. So one round of k
-    guesses is recorded, in caches whose shapes never change, and replayed with a single launch.
-    """
-    def __init__(self, drafter):
-        self.drafter = drafter or NoDrafter()
+    """A drafter, None for plain decoding, whose rounds a GPU replays as CUDA graphs.
+    To launch a small model's hundreds of operations takes longer than to do them. So a round of k
+    guesses is recorded, in caches whose shapes never change, and replayed with a single launch, the
+    next one before the host looks at the last: one in vain at the end, which adds nothing, as no
+    row has room. AutoK has two graphs, of four guesses and of none."""
+    def __init__(self, drafter): self.drafter = drafter or NoDrafter()
     @torch.inference_mode()
     def own_rounds(self, target, rows, k, rule, probs_of, generator):
-        drafter = copy(self.drafter)  # the graph writes to its memory: it is for this one alone
-        cache = FixedKVCache(target.new_cache(*rows.tokens.shape))
+        drafter = inner = copy(self.drafter)  # graphs write to its memory: it is for this one alone
+        if hasattr(drafter, "drafter"):
+            inner = drafter.drafter = copy(drafter.drafter)
+        auto, way = isinstance(drafter, AutoK), getattr(drafter, "own_round", speculative_round)
+        cache, ks = FixedKVCache(target.new_cache(*rows.tokens.shape)), (4, 0) if auto else (k,)
         drafter.start(target, cache, rows, read_prompts(target, cache, rows))
-        if hasattr(drafter, "cache"):
-            drafter.cache = FixedKVCache(drafter.cache)
-        if k == 0:  # what every rule comes to, at a fraction of the cost
-            rule = lambda p, *_: (torch.zeros_like(rows.length), categorical(p[:, 0], generator))
-        parts = target, cache, drafter, rows, k, rule, probs_of, generator
-        if rows.room().any():
-            yield speculative_round(*parts)  # in which the drafter reads less than later, or more
-        drafter.n_unread, drafter.always = k + 1, True
-        if type(drafter) is ModelDrafter:  # always two tokens
-            drafter.unread = lambda rows: (
-                drafter.cache.rollback((rows.length - 2).clamp(min=0)) or rows.newest(2))
-        replay = capture(functools.partial(speculative_round, *parts), generator)
-        while rows.room().any():
-            yield Round(*replay())
+        inner.always, read_all, read = True, getattr(inner, "unread", None), None
+        if read_all:  # later on always as many tokens: two, heads one more than guesses on a path
+            inner.cache = FixedKVCache(inner.cache)
+            read = functools.partial(read_all, n=1 + len(getattr(drafter, "widths", range(ks[0]))))
+        if type(inner) is ModelDrafter:
+            read = lambda rows: inner.cache.rollback(rows.length - 2) or rows.newest(2)
+        own = lambda p, *_: (torch.zeros_like(rows.length), categorical(p[:, 0], generator))
+        def one_round(n):  # without a guess, every rule comes to a token of the target's own
+            who, judge = (inner if auto and n > 0 else drafter), (rule if n > 0 else own)
+            return *way(target, cache, who, rows, n, judge, probs_of, generator), rows.room()
+        def launch(last):
+            n = 4 * (drafter.choose(4, left, 1) > 0) if auto else k
+            if last == 0 < n and read_all:
+                inner.model(read_all(rows), inner.cache)
+            graphs[n][0]()
+            return n
+        for n in (ks[0], *ks):  # what is recorded has to have run before
+            if rows.room().any():
+                yield Round(*one_round(n)[:-1])
+            inner.unread = read
+        left = rows.room().max().item()
+        graphs = {n: capture(functools.partial(one_round, n), generator) for n in ks if left > 0}
+        try:
+            n = launch(n) if left > 0 else 0
+            while left > 0:
+                *r, room = graphs[n][1]()
+                n = launch(n)
+                yield Round(*r)
+                left = room.max().item()
+        finally:  # what uses this memory from now on waits for the last replay
+            for _, result in graphs.values():
+                result()
 
 def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperature, top_k, top_p,
                     eos, seed):  # fmt: skip
@@ -611,12 +613,12 @@ def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperatur
         check_drafter(drafter, target, n)
     k = 0 if drafter is None else drafter.n_nodes if tree else k
     check_memory(target, len(prompts), n, 8 if k == "auto" else k)
-    # A graph is for what never looks at a result, and its k is fixed.
-    known = type(drafter) in (type(None), ModelDrafter, NGramDrafter, HeadsDrafter)
-    if has_graphs(device) and known and rule in RULES.values():
-        drafter, k = Replayed(drafter), 4 if k == "auto" else k
-    elif k == "auto":
+    ours = {type(None), ModelDrafter, NGramDrafter, HeadsDrafter, TreeDrafter}
+    known = {type(drafter), type(drafter.drafter if tree else None)} <= ours
+    if k == "auto":
         drafter, k = AutoK(drafter), 8
+    if has_graphs(device) and known and rule in RULES.values():
+        drafter = Replayed(drafter)  # a graph is for what never looks at a result
     seed = torch.Generator().seed() % 2**63 if seed is None else seed
     return prompts, Coupled(drafter) if coupled else drafter, k, rule, eos, seed
 
@@ -679,26 +681,23 @@ def tell(r, show, tree):  # one line about the first row: the guesses, and the t
         marked.pop()
     print(f"  {' '.join(map(paint, kinds, marked))}{' ' * (50 - len(' '.join(marked)))}{did}")
 
-def traced(rule, show):  # a rule that shows its coins: Leviathan et al. 2022, Algorithm 1
-    def judge(target_probs, draft_probs, guesses, generator):
-        u = guesses.double().uniform_(generator=generator.clone_state())  # the rule's coins-to-be
-        n_accepted, token = rule(target_probs, draft_probs, guesses, generator)
-        n = n_accepted[0].item()
-        for i, x in enumerate(guesses[0, : n + 1].tolist()):
-            sign, verdict = ("<", "accepted") if i < n else (">=", "rejected")
-            probs = f"{target_probs[0, i, x]:.4f} / {draft_probs[0, i, x]:.4f}"
-            print(f"    {show(x):14} coin {u[0, i]:.3f} {sign} target / draft = {probs}: {verdict}")
-        best = residual(target_probs, F.pad(draft_probs, (0, 0, 0, 1)))[0, n].topk(3)
-        best = ", ".join(f"{show(x.item())} {p:.3f}" for p, x in zip(*best) if p > 0)
-        print(f"    then of the {'residual' if n < len(guesses[0]) else 'target'}: {best}, ..")
-        return n_accepted, token
-    return judge
+def traced(show, target_probs, draft_probs, guesses, generator):  # `verify`, showing its coins
+    u = guesses.double().uniform_(generator=generator.clone_state())  # that it is about to toss
+    n_accepted, token = verify(target_probs, draft_probs, guesses, generator)
+    n = n_accepted[0].item()
+    for i, x in enumerate(guesses[0, : n + 1].tolist()):
+        sign, verdict = ("<", "accepted") if i < n else (">=", "rejected")
+        probs = f"{target_probs[0, i, x]:.4f} / {draft_probs[0, i, x]:.4f}"
+        print(f"    {show(x):14} coin {u[0, i]:.3f} {sign} target / draft = {probs}: {verdict}")
+    best = residual(target_probs, F.pad(draft_probs, (0, 0, 0, 1)))[0, n].topk(3)
+    best = ", ".join(f"{show(x.item())} {p:.3f}" for p, x in zip(*best) if p > 0)
+    print(f"    then of the {'residual' if n < len(guesses[0]) else 'target'}: {best}, ..")
+    return n_accepted, token
 
 def timed_run(target, prompts, n, **options):
     """-> milliseconds without the prompt's pass, Result, and those of the target's other passes."""
     def forward(tokens, cache):
-        begin = now()
-        out = target.forward(tokens, cache)
+        begin, out = now(), target.forward(tokens, cache)
         passes.append(1e3 * (now() - begin))
         return out
     passes, watched, start = [], copy(target), now()
@@ -733,7 +732,7 @@ def main(argv=None):
     add("--draft", metavar="NAME", help="the same (default: tiny.pt)")
     add("--prompt", help="text to continue (default: some Python code; for a GPT-2, some English)")
     add("--prompt-file", metavar="FILE", help="a file with this text, or - for standard input")
-    add("--max-new-tokens", type=int, default=48, metavar="N", help="default: 48")
+    add("--max-new-tokens", type=int, default=48, metavar="N", help="default: 48; timed on GPU 400")
     add("-k", metavar="K", help='guesses per round, or "auto" (default: 4, heads 6, ngram 10)')
     add("--drafter", choices=("model", "ngram", "heads", "tree"), default="model")
     add("--rule", choices=RULES, default="rejection")
@@ -769,10 +768,11 @@ def main(argv=None):
     k = int(args.k) if (args.k or "").isdecimal() else args.k or k
     prompts = torch.tensor([encoding.encode_ordinary(text)]).expand(B, -1)
     show = lambda x: repr(encoding.decode([x]))[1:-1].replace(" ", "·")
-    rule = traced(verify, show) if args.trace else args.rule
+    rule = functools.partial(traced, show) if args.trace else args.rule
     stories, filters = {}, {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     for T in (0.0, 1.0) if args.temperature is None else (args.temperature,):
         stories[T] = rounds(target, prompts, n, drafter, k, rule, T, **filters)
+    n = max(n, has_graphs(prompts.device) * min(400, draft.config.block_size - prompts.shape[1]))
     large, tiny = (sum(p.numel() for p in model.parameters()) / 1e6 for model in (target, draft))
     print(f"The target: a GPT-2 with {large:.1f} million weights. The draft: {tiny:.1f} million.")
     print(f"The prompt: {text!r}")

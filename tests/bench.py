@@ -21,6 +21,7 @@ from collections import Counter
 from copy import copy
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it quietly
@@ -77,13 +78,16 @@ class Row:
         self.name, self.drafter, self.k, self.rule, self.exact = name, drafter, k, rule, exact
         self.stats, self.judged, self.accepted = Stats(), Counter(), Counter()  # by position
         self.turns = []  # of each: {seconds, tokens, passes, ..}, {tokens of a pass: how often}
+        self.alone = []  # of each, of replays: {tokens of a pass: seconds of a round}
 
     def begin(self, target, prompt, n, **options):
         """Begin a turn. The clock is outside: it times methods of copies of target and drafter.
-        No clock can look into a CUDA graph, so where rounds are replayed there is none.
+        No clock can look into a CUDA graph. So where rounds are replayed, replays are timed alone,
+        at the end of a turn, when they add nothing any more.
         """
         self.n_rounds, self.emitted, drafter = 0, 0, copy(self.drafter)
         self.turns.append((Counter(), Counter()))
+        self.launches, self.most = [], n * len(prompt)
         self.in_parts = not has_graphs(prompt.device)
         if self.in_parts:
             target = copy(target)
@@ -102,22 +106,39 @@ class Row:
             return out
         return timed_call
 
+    def captured(self, call, generator):
+        launch, result = capture(call, generator)
+        self.launches.append(launch)
+        return launch, result
+
+    def replays_alone(self):
+        """{tokens that a pass reads: seconds of a round}, the host not looking at any."""
+        def many(launch):
+            for _ in range(10):
+                launch()
+        sizes = (5, 1) if self.k == "auto" else [*self.turns[-1][1]]
+        calls = dict(zip(sizes, (partial(many, launch) for launch in self.launches)))
+        return {size: t / 10 for size, t in seconds_of_calls(calls, 1).items()}
+
     def advance(self, n_tokens):
         """Decode so many tokens more. -> whether there may be others."""
         goal = self.emitted + n_tokens
         while self.emitted < goal:
             self.parts, self.size, start = Counter(), 0, now()
-            r = next(self.rounds, None)
+            with mock.patch.object(specdec, "capture", self.captured):
+                r = next(self.rounds, None)
             seconds = now() - start
             if r is None:
                 return False
             n_new = r.n_new.sum().item()
             self.n_rounds, self.emitted = self.n_rounds + 1, self.emitted + n_new
-            # In the first round the prompt is read, in the second a graph is recorded.
-            if self.n_rounds > (1 if self.in_parts else 2):
+            # In the first round the prompt is read. In the next ones graphs are recorded.
+            if self.n_rounds > (1 if self.in_parts else 4):
                 spent, sizes = self.turns[-1]
                 spent.update(self.parts, seconds=seconds, tokens=n_new, passes=1)
-                sizes[self.size] += 1
+                sizes[self.size or r.guesses.shape[1] + 1] += 1
+            if self.launches and self.emitted == self.most:
+                self.alone.append(self.replays_alone())
             self.stats.add(r)
             judged = torch.minimum(r.n_accepted + (r.n_accepted < r.n_guessed), r.n_new)
             for n, m in zip(judged.tolist(), torch.minimum(r.n_accepted, r.n_new).tolist()):
@@ -135,6 +156,10 @@ class Row:
         for spent, sizes in self.turns if self.in_parts and self.drafter is not None else ():
             seconds = spent["seconds"] - spent["verify"] + sum(T[n] * m for n, m in sizes.items())
             predicted.append(rate(spent["tokens"] / B * T[1], seconds))
+        for (spent, sizes), ours, theirs in zip(self.turns, self.alone, plain.alone):
+            if self.drafter is not None and {*sizes} <= {*ours} and 1 in theirs:
+                seconds = sum(ours[n] * m for n, m in sizes.items())
+                predicted.append(rate(spent["tokens"] / B * theirs[1], seconds))
         whole = total["seconds"] if self.in_parts else 0
         return {
             "name": self.name, "exact": self.exact,
@@ -199,9 +224,14 @@ def passes(model, B, length, sizes):
         cache.rollback(length)
         return out
 
+    def replayed(n):
+        one_pass(n)  # what is recorded has to have run before
+        launch, _ = capture(partial(one_pass, n))
+        return lambda memory=(tokens, cache): launch()
+
     one_pass(length)
     cache = FixedKVCache(cache) if graphs else cache
-    return {n: capture(partial(one_pass, n)) if graphs else partial(one_pass, n) for n in sizes}
+    return {n: replayed(n) if graphs else partial(one_pass, n) for n in sizes}
 
 # ---- showing -------------------------------------------------------------------------------------
 
@@ -298,7 +328,7 @@ def main(argv=None):
     """-> exit status"""
     parser = new_parser("All drafters and rules beside plain decoding, in one table.")
     add = parser.add_argument
-    add("--max-new-tokens", type=positive, metavar="N", help="default: 48")
+    add("--max-new-tokens", type=positive, metavar="N", help="default: 48; on a GPU 200")
     add("--drafter", type=one_of(DRAFTERS), action="append", help=WHO)
     add("--batch", type=positive, default=1, metavar="B", help="rows decoded at once (default: 1)")
     add("--sweep", action="store_true", help="what a pass costs; speed-up against k and batch size")
@@ -309,8 +339,9 @@ def main(argv=None):
     text = prompt_of(args)
     target, draft, heads, encoding = load(args, args.drafter or ())
     block = min(target.config.block_size, draft.config.block_size)
-    n = args.max_new_tokens or min(48, block // 2)
-    most, device = max(1, block - n), target.wte.weight.device  # texts of ours are cut to that
+    device = target.wte.weight.device
+    n = args.max_new_tokens or min(200 if has_graphs(device) else 48, block // 2)
+    most = max(1, block - n)  # texts of ours are cut to that
     texts = [encoding.encode_ordinary(text)[-most:] for text in (*PROMPTS, REPEATING)]
     texts = texts if text is None else [encoding.encode_ordinary(text)]
     prompts = [torch.tensor([ids], dtype=torch.int64, device=device) for ids in texts]
@@ -332,7 +363,10 @@ def main(argv=None):
     print(textwrap.fill(words, 100) + "\n")
     out, progress = {"settings": settings | filters, "tables": {}}, Progress()
     prices = []
-    if heads:  # a straight line from two tokens on, or chance would decide; a guess: a tenth of one
+    if heads and has_graphs(device):
+        words = "No heads that stop by confidence: a GPU would wait for the host at each guess."
+        print(words + "\n")
+    elif heads:  # a straight line from two tokens on, or chance decides; a guess: a tenth of one
         T = seconds_of_calls(passes(target, B, length - n // 2, (1, 2, 9)), 9)
         prices = [T[1], *(T[2] + (T[9] - T[2]) * i / 7 + (i + 1) * T[1] / 10 for i in range(8))]
     later = sum(seconds for *_, seconds in plan.values())

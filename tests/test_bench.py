@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -270,25 +271,48 @@ def test_what_is_not_exact_is_marked_and_cannot_win(table, own, capsys):
         assert "\n! " not in table(*short, "--rule", rule)
 
 
-def test_rounds_in_a_graph_are_not_looked_into(pair, monkeypatch, capsys):
-    """Nothing is wrapped, two rounds are left out, and what is unknown is "-"."""
+@pytest.mark.parametrize("k", [3, "auto"])
+def test_rounds_in_a_graph_are_timed_from_outside(pair, monkeypatch, k):
+    """Nothing is wrapped, and four rounds are left out. When a text is complete, its graphs are
+    timed alone: by a clock that each replay sets forward, by 2 s and by 1 s where nobody guesses.
+    """
+    graphs, time = [], [0.0]
+
+    def capture(call, generator=None):
+        """In the place of a graph, a call. To look at it takes another second."""
+        graphs.append(call)
+        out = []
+
+        @torch.inference_mode()
+        def launch():
+            out[:] = call()
+            time[0] += 2 if call.args[0] else 1
+
+        def result():
+            time[0] += 1
+            return [x.clone() for x in out]
+
+        return launch, result
+
     target, draft, _ = load_pair(pair, "cpu", torch.float32)
-    seen, rounds = [], specdec.rounds
-
-    def watched(target, prompt, n, drafter, *rest, **options):
-        seen.append((target, drafter))
-        return rounds(target, prompt, n, drafter, *rest, **options)
-
-    monkeypatch.setattr(bench, "has_graphs", lambda device: True)
-    monkeypatch.setattr(specdec, "rounds", watched)
-    rows = [bench.Row("plain"), bench.Row("model", ModelDrafter(draft), 3)]
-    figures = bench.compare(target, rows, [torch.tensor([[97, 98]])], 12, 0, lambda *words: None)
-    assert all(t is target for t, _ in seen) and "propose" not in vars(seen[1][1])
+    for module in (bench, specdec):
+        monkeypatch.setattr(module, "has_graphs", lambda device: True)
+        monkeypatch.setattr(module, "capture", capture)
+    for name in ("bench.now", "train_tiny.now", "time.perf_counter"):
+        monkeypatch.setattr(name, lambda: time[0])
+    monkeypatch.setattr(bench, "passes", None)
+    rows = [bench.Row("plain"), bench.Row("model", ModelDrafter(draft), k)]
+    figures = bench.compare(target, rows, [torch.tensor([[97, 98]])], 24, 0, lambda *words: None)
+    assert len(graphs) == (2 if k == 3 else 3) * len(rows[0].turns)
     timed = [sum(spent["passes"] for spent, _ in row.turns) for row in rows]
-    assert timed == [10, rows[1].stats.rounds - 2]
-    bench.print_table("title", figures, 6)
-    cells, = lines_of(capsys.readouterr().out, "model ")
-    assert cells[3] == "-" and cells[-3:] == ["-", "-", "-"] and figures[1]["speed_up"] > 0
+    n = len(rows[0].turns)
+    assert timed == [20 * n, rows[1].stats.rounds - 4 * n]
+    assert rows[0].alone[0] == {1: 1.0} and rows[1].alone[0].items() <= {4: 2.0, 5: 2.0, 1: 1.0}.items()
+    if k == 3:
+        spent, _ = rows[1].turns[0]
+        assert figures[1]["speed_up"] == pytest.approx(spent["tokens"] / spent["passes"] * 2 / 3)
+        assert figures[1]["predicted"] == pytest.approx(spent["tokens"] / spent["passes"] / 2)
+    assert all(math.isnan(figures[1][name]) for name in ("draft", "verify", "rest"))
 
 
 def test_a_text_that_ends_in_the_first_round_has_no_speed(table, tmp_path):

@@ -3,8 +3,14 @@
 It has a graph's rules. A graph holds kernels and addresses. Whatever the host decided or looked up
 while it was recorded is frozen in it; recording computes nothing; a replay writes where the
 recorded run wrote, and keeps no memory alive but its own; and only generators that it was told of
-give it new numbers.
+give it new numbers. A launched replay runs at any time until somebody waits for its stream: here by
+the toss of a coin at once, or as late as can be.
 """
+
+import gc
+import itertools
+from contextlib import contextmanager
+from random import Random
 
 import pytest
 import torch
@@ -84,8 +90,54 @@ class Graph:
 
     def replay(self):
         self.replays += 1
+        stream = torch.cuda.current_stream()
+        assert stream is not HOST, "the host would wait for it"
+        assert stream.waited, "somebody may still be reading what the last replay wrote"
+        stream.waited = False
+        stream.add(self.run)
+
+    def run(self):
         for operation in self.operations:
             operation.repeat()
+
+
+class Stream:
+    """In place of torch.cuda.Stream: what was put there, and has not run yet."""
+
+    late = Random(0)
+
+    def __init__(self):
+        self.queue, self.waited = [], False
+        STREAMS.append(self)
+
+    def add(self, call):
+        self.queue.append(call)
+        if self.late.random() < 0.5:
+            self.run()
+
+    def run(self):
+        while self.queue:
+            self.queue.pop(0)()
+
+    def wait_stream(self, other):
+        assert self is not other
+        self.waited = other is HOST
+        other.run()
+
+
+STREAMS = []
+HOST = Stream()
+CURRENT = [HOST]
+
+
+@contextmanager
+def on_stream(stream):
+    """In place of torch.cuda.stream."""
+    CURRENT.append(stream)
+    try:
+        yield
+    finally:
+        CURRENT.pop()
 
 
 class Recording(TorchDispatchMode):
@@ -133,10 +185,18 @@ class Recording(TorchDispatchMode):
 def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: CURRENT[-1])
+    monkeypatch.setattr(Stream, "late", Random(0))
+    monkeypatch.setattr("model._spare", [])
     for module in ("model", "specdec"):
         monkeypatch.setattr(f"{module}.has_graphs", lambda device: True)
     GRAPHS.clear()
+    STREAMS.clear()
+    yield
+    gc.collect()  # generators that were not finished
+    assert not any(stream.queue for stream in STREAMS), "nobody waits for a replay: its memory may be gone"
 
 
 def eager(function, *args, **options):
@@ -152,9 +212,19 @@ ALL = {
     "ngram": NGramDrafter,
     "heads": heads_drafter,
 }
-AND_PLAIN = {"plain": lambda: None} | ALL
-with_or_without = pytest.mark.parametrize("make", AND_PLAIN.values(), ids=AND_PLAIN)
-any_drafter = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+TREES = {
+    "tree": lambda: TreeDrafter(ModelDrafter(DRAFT), (2, 1, 2)),
+    "tree_of_heads": lambda: TreeDrafter(heads_drafter(), (3, 2), top=True),
+}
+PLAIN = {"plain": lambda: None}
+
+
+def each(drafters):
+    return pytest.mark.parametrize("make", drafters.values(), ids=drafters)
+
+
+with_or_without = each(PLAIN | ALL | TREES)
+any_drafter = each(ALL)
 BATCHES = {
     "greedy": (PROMPTS, 0),
     "sampled": (PROMPTS, 1),
@@ -167,49 +237,59 @@ BATCHES = {
 
 
 def test_the_stand_in_has_the_rules_of_a_graph():
-    """The first call runs as it is. To record one computes nothing. A replay is a call."""
+    """To record a call computes nothing. A replay is a call, with coins of its own."""
     state, generator = torch.zeros(2, dtype=torch.int64), torch.Generator().manual_seed(0)
-    coins, calls = [torch.rand(1, generator=torch.Generator().manual_seed(0))], []
+    calls, every = [], []
 
     def call():
-        calls.append(state.tolist() if len(calls) == 0 else None)
+        calls.append(1)
         state.add_(1)
-        return state * 10, torch.rand(3, generator=generator), "constant"
+        return state * 10, torch.rand(3, generator=generator)
 
-    replay = capture(call, generator)
-    every = []
+    launch, result = capture(call, generator)
+    assert state.tolist() == [0, 0]
     for n in range(1, 5):
-        out = replay()
-        every.append((out[0], out[1]))
-        assert state.tolist() == [n, n] and out[2] == "constant"
-        assert len(calls) == 2  # one runs, one is recorded
+        launch()
+        every.append(result())
+        assert state.tolist() == [n, n] and len(calls) == 1
     assert [x.tolist() for x, _ in every] == [[10 * n] * 2 for n in range(1, 5)]
     other = torch.Generator().manual_seed(0)
     for _, u in every:
         assert torch.equal(u, torch.rand(3, generator=other))
-    assert torch.equal(every[0][1][:1], coins[0])
-    assert GRAPHS[0].replays == 3
+    assert GRAPHS[0].replays == 4
+
+
+def test_a_result_stays_whenever_the_next_replay_comes():
+    state, seen, every = torch.zeros(1), set(), []
+    launch, result = capture(lambda: (state.add_(1) * 10,))
+    launch()
+    for i in range(1, 9):
+        every += result()
+        launch()
+        seen.add(state.item() - i)  # whether it has run already
+    assert [x.item() for x in every] == [*range(10, 90, 10)] and seen == {0, 1}
+    result()
 
 
 def test_the_stand_in_keeps_nothing_alive():
     memory = [torch.zeros(3)]
-    replay = capture(lambda: (memory[0] + 1,))
+    launch, result = capture(lambda: (memory[0] + 1,))
     for _ in range(3):
-        assert replay()[0].tolist() == [1, 1, 1]
+        launch()
+        assert result()[0].tolist() == [1, 1, 1]
     memory[0] = torch.zeros(3)
     with pytest.raises(AssertionError, match="no longer there"):
-        replay()
+        launch()
+        result()
 
 
-def test_a_stream_is_used_again_once_its_graph_is_gone(monkeypatch):
+def test_a_stream_is_used_again_once_its_graph_is_gone():
     """PyTorch has 32 of them."""
-    monkeypatch.setattr("model._spare", [])
     memory, streams = torch.zeros(3), []
     for _ in range(3):
-        replay = capture(lambda: (memory + 1,))
-        replay()
+        parts = capture(lambda: (memory + 1,))
         streams.append(GRAPHS[-1].stream)
-        del replay
+        del parts
         GRAPHS.clear()
     assert streams[0] is streams[1] is streams[2]
 
@@ -222,7 +302,7 @@ def test_a_stream_is_used_again_once_its_graph_is_gone(monkeypatch):
 def test_replayed_rounds_are_the_rounds(make, prompts, temperature):
     """A round is recorded once, and its replays are what the loop would have done.
 
-    The first round is for itself, the second runs and is recorded.
+    The first round is for itself, the second is as it is recorded; one is replayed in vain.
     """
     for eos in (None, [4, 2]):
         GRAPHS.clear()
@@ -232,7 +312,7 @@ def test_replayed_rounds_are_the_rounds(make, prompts, temperature):
         for r in every:
             for text, tokens, n in zip(texts, r.tokens.tolist(), r.n_new.tolist()):
                 text += tokens[:n]
-        assert len(GRAPHS) == 1 and GRAPHS[0].replays == max(0, len(every) - 2)
+        assert sum(graph.replays for graph in GRAPHS) == (len(every) - 1 if len(every) > 2 else 0)
         assert len(every) > 4 or eos is not None
         if temperature == 0:
             assert texts == eager(generate, TARGET, prompts, 20, drafter=make(), **options).tokens
@@ -274,6 +354,23 @@ def test_the_same_coins_give_the_same_rounds(make, rule, prompts):
     assert compared >= 8
 
 
+@each(TREES)
+@pytest.mark.parametrize("prompts", [PROMPTS, RAGGED], ids=["batch", "ragged"])
+def test_the_same_coins_give_the_same_trees(make, prompts):
+    test_the_same_coins_give_the_same_rounds(make, "rejection", prompts)
+
+
+@with_or_without
+def test_the_next_replay_is_launched_before_anybody_looks(make, monkeypatch):
+    """And who looks at a round does not wait for the next one."""
+    monkeypatch.setattr(Stream, "add", lambda stream, call: stream.queue.append(call))
+    for i, r in enumerate(rounds(TARGET, PROMPTS, 30, drafter=make(), k=3, seed=0)):
+        assert r.n_new.max() > 0 and r.tokens.tolist()
+        if i >= 2:
+            assert GRAPHS[0].replays == i and len(GRAPHS[0].stream.queue) == 1
+    assert i > 5 and len(GRAPHS) == 1
+
+
 def test_plain_decoding_draws_the_same_tokens():
     for prompts in (PROMPTS, RAGGED):
         options = {"seed": 5, "temperature": 1.3, "eos": 3}
@@ -301,7 +398,7 @@ def test_several_end_tokens(make):
         assert result.stats.emitted == sum(map(len, result.tokens))
 
 
-@with_or_without
+@each(PLAIN | ALL)
 def test_the_coupled_rule_yields_plain_decoding_with_graphs_and_without(make):
     options = {"rule": "coupled", "seed": 3}
     expected = eager(generate, TARGET, PROMPTS, 30, **options).tokens
@@ -309,7 +406,7 @@ def test_the_coupled_rule_yields_plain_decoding_with_graphs_and_without(make):
     # They stay what they are while others follow.
     every = list(rounds(TARGET, PROMPTS, 30, drafter=make(), k=2, **options))
     texts = [sum((r.tokens[b, : r.n_new[b]].tolist() for r in every), []) for b in range(3)]
-    assert texts == expected and GRAPHS[0].replays == len(every) - 2
+    assert texts == expected and GRAPHS[0].replays == len(every) - 1
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -357,9 +454,9 @@ def test_a_drafter_may_be_in_another_generation_meanwhile(make):
 
 UNKNOWN = {
     "confident_heads": lambda: confident_heads([1, 1.1, 1.2, 1.5]),
-    "tree": lambda: TreeDrafter(ModelDrafter(DRAFT), (2, 1)),
     "of_ones_own": lambda: NoisyDrafter(DRAFT, 0.5),
     "another_of_ones_own": lambda: Sometimes(ModelDrafter(DRAFT), [1, 0, 2]),
+    "tree_of_ones_own": lambda: TreeDrafter(NoisyDrafter(DRAFT, 0.5), (2, 1)),
 }
 
 
@@ -394,13 +491,66 @@ def test_a_rule_of_ours_is_replayed_by_name_or_as_a_function():
 
 
 @any_drafter
-def test_auto_is_four_guesses(make):
-    """A graph has one shape."""
-    every = list(rounds(TARGET, PROMPTS, 20, drafter=make(), k="auto", temperature=0))
-    assert {r.guesses.shape[1] for r in every[1:]} == {4}
-    assert len(GRAPHS) == 1 and GRAPHS[0].replays == len(every) - 2
-    texts = [sum((r.tokens[b, : r.n_new[b]].tolist() for r in every), []) for b in range(3)]
-    assert texts == eager(generate, TARGET, PROMPTS, 20, temperature=0).tokens
+@pytest.mark.parametrize("credit, prompts", [("never", PROMPTS), ("always", PROMPTS), ("at_times", RAGGED)])
+def test_auto_guesses_four_or_none(make, prompts, credit, monkeypatch):
+    """Two graphs in turns, as the account says. Greedy, the text is that of plain decoding; and the
+    drafter guesses what it would have guessed, also after rounds in which it was not asked.
+    """
+    credits = itertools.cycle({"never": [0], "at_times": [0, 1, 0, 0, 1, 1], "always": [1]}[credit])
+
+    def learn(auto, n, seconds, tokens):
+        auto.plain, auto.credit = [1, 1, 1], next(credits)
+
+    monkeypatch.setattr(specdec.AutoK, "learn", learn)
+    prompts = [torch.as_tensor(prompt) for prompt in prompts]
+    every = list(rounds(TARGET, prompts, 30, drafter=make(), k="auto", temperature=0))
+    texts = [sum((r.tokens[b, : r.n_new[b]].tolist() for r in every), []) for b in range(len(prompts))]
+    assert texts == eager(generate, TARGET, prompts, 30, temperature=0).tokens
+    assert len(GRAPHS) == 2 and sum(graph.replays for graph in GRAPHS) == len(every) - 2
+    ks = {r.guesses.shape[1] for r in every[5:]}
+    assert ks == {"never": {0}, "at_times": {0, 4}, "always": {4}}[credit]
+    for i, r in enumerate(every):
+        if r.guesses.shape[1] == 4 and r.n_new.min() > 0:  # by a drafter that begins anew here
+            before = [[x.tokens[b, : x.n_new[b]] for x in every[:i]] for b in range(len(prompts))]
+            so_far = [torch.cat([prompt, *new]) for prompt, new in zip(prompts, before)]
+            other = next(eager(rounds, TARGET, so_far, 5, drafter=make(), k=4, temperature=0))
+            expected = other.draft_probs if other.guesses.shape[1] else 0 * r.draft_probs
+            torch.testing.assert_close(r.draft_probs, expected, rtol=0, atol=1e-9)
+
+
+def test_auto_learns_of_a_round_what_came_of_it(monkeypatch):
+    """Although the next one was launched before."""
+    learnt, learn = [], specdec.AutoK.learn
+
+    def watched(auto, n, seconds, tokens):
+        learnt.append((n > 0, tokens))
+        auto.credit = 1 - len(learnt) // 3 % 2  # guesses, and none, in turns
+        learn(auto, n, 1e-3, tokens)
+
+    monkeypatch.setattr(specdec.AutoK, "learn", watched)
+    every = list(rounds(TARGET, [1, 2], 46, drafter=ModelDrafter(DRAFT), k="auto", seed=0))
+    happened = [(r.guesses.shape[1] > 0, r.n_new.item()) for r in every[3:]]
+    assert learnt == happened[: len(learnt)] and len(happened) - len(learnt) <= 1
+    assert {asked for asked, _ in learnt} == {False, True}
+
+
+@each(PLAIN | ALL | TREES | {"auto": lambda: ModelDrafter(DRAFT)})
+def test_what_is_left_in_the_middle(make, request):
+    """A replay runs when nobody wants the text any more: its memory stays until it is done."""
+    k = "auto" if "auto" in request.node.name else 3
+    for n in range(1, 8):
+        decoding = rounds(TARGET, RAGGED, 40, drafter=make(), k=k, seed=0)
+        for _ in range(n):
+            next(decoding)
+        decoding.close()
+        assert not any(stream.queue for stream in STREAMS)
+    del decoding, _
+    assert sum(graph.replays for graph in GRAPHS) >= 5
+
+
+def test_cudnns_attention_is_off():
+    """It would compile a plan for every new length, 40 to 60 ms each (on an H200)."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_another_device_than_the_current_one_has_no_graphs(monkeypatch):
@@ -431,7 +581,7 @@ def test_what_names_no_device_is_seen():
 
 
 @pytest.mark.parametrize("rule", RULES)
-@with_or_without
+@each(PLAIN | ALL)
 def test_everything_is_made_on_the_device_of_the_model(make, rule, ours):
     """In the first rounds, which are not replayed, and without graphs in all."""
     options = {"drafter": make(), "k": 3, "rule": rule, "eos": [2, 5]}
@@ -496,7 +646,19 @@ def test_coins_of_an_unknown_generator_are_refused(make, monkeypatch):
 
 def test_the_exact_distribution_with_fixed_shapes(monkeypatch):
     """The operations of a graph, but with every outcome tried: that needs a host that looks."""
-    monkeypatch.setattr(specdec, "capture", lambda call, generator=None: call)
+
+    def capture(call, generator=None):
+        """A replay in vain is left out: its coins change nothing, but they would all be tried."""
+        out = [None]
+
+        def result():
+            if out[-1] is None or out[-1].any():
+                out[:] = call()
+            return [x.clone() for x in out]
+
+        return lambda: None, result
+
+    monkeypatch.setattr(specdec, "capture", capture)
     test_law.test_with_an_eos(2, 2, 4)
     # After token 0 and after token 1, of target and draft.
     after = torch.tensor([[[0.7, 0.3], [1.0, 0.0]], [[0.4, 0.6], [1.0, 0.0]]])
