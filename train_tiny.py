@@ -1,12 +1,13 @@
 """Train `large`, the target, and `tiny`, the draft; then tiny and heads on what large writes.
 
-    python train_tiny.py                      # corpus: the Python standard library of this machine
+    python train_tiny.py                      # hours on 2 cores; on an H100 it plans for 8 minutes
     python train_tiny.py --data my_texts/     # any text file or folder
     python train_tiny.py --preset tiny-cpu    # a smoke run, about a minute on 2 cores
     python train_tiny.py --distill            # keep large, go on with tiny, new heads
 
 Ctrl-C saves everything to checkpoints/partial.pt, and the same command goes on from there.
-large.pt, tiny.pt and heads.pt are replaced only when all are complete.
+large.pt, tiny.pt and heads.pt are replaced only when all are complete. The corpus by default: the
+Python standard library, and the packages in requirements.txt with all that they need.
 
 Why distil: a drafter is judged by nothing but its agreement with the target. The acceptance rate at
 a position is 1 - TV = sum min(target_probs, draft_probs), so that is what its training maximises,
@@ -16,8 +17,10 @@ from them at the cost of one matrix product.
 """
 
 import argparse
+import importlib.metadata
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -51,22 +54,26 @@ class Preset:
     large: tuple  # n_layer (even: it is trained with half of them first), n_head, n_embd
     tiny: tuple
     n_heads_embd: int  # width of the draft heads
-    batch_size: int  # windows per step
-    written: int  # batches of 128 windows that large writes
+    batch_size: int  # windows of the corpus per step
+    own_batch_size: int  # windows that large wrote, per step
+    written: tuple  # how many batches large writes, and of how many windows
     steps: tuple  # of the stages that train something, in the order of STAGES
     sample: int  # characters of the corpus that the tokenizer is trained on
+    by_time: bool = False  # the steps are seconds: as many as can be done in them
+    peaks: tuple = ()  # learning rates that differ from those in STAGES, (stage, rate) each
 
 PRESETS = {
     "tiny-cpu": Preset(
-        512, 128, (4, 4, 64), (1, 2, 32), 32, 8, 1, (60, 60, 100, 100, 40, 40), 60_000
+        512, 128, (4, 4, 64), (1, 2, 32), 32, 8, 8, (1, 128), (60, 60, 100, 100, 40, 40), 60_000
     ),
     "cpu": Preset(
-        1024, 512, (24, 4, 224), (1, 4, 144), 192, 8, 18,
+        1024, 512, (24, 4, 224), (1, 4, 256), 192, 8, 8, (18, 128),
         (4000, 2500, 2500, 2500, 2800, 2800), 200_000,
     ),
+    # Deep, as a layer costs a GPU little time, and a guess the same for any target.
     "gpu": Preset(
-        1024, 1024, (12, 12, 768), (2, 4, 128), 256, 64, 64,
-        (1500, 1500, 2000, 10000, 5000, 5000), 200_000,
+        1024, 512, (48, 4, 256), (1, 4, 256), 192, 128, 64, (12, 512),
+        (60, 100, 15, 45, 70, 20), 100_000, True, (("shallow", 3e-3), ("large", 2.5e-3)),
     ),
 }  # fmt: skip
 STAGES = {  # in this order: the name, and the highest learning rate where something is trained
@@ -169,30 +176,54 @@ class Interrupted(Exception):
 
 # -- the corpus ------------------------------------------------------------------------------------
 
+def packages(requirements):
+    """Installed packages, from lines as in requirements.txt, and all that they need, by name."""
+    found, left = {}, list(requirements)
+    while left:
+        name = re.match(r"[\w.-]*", left.pop())[0].lower().replace("_", "-")
+        if name and name not in found:
+            try:
+                found[name] = importlib.metadata.distribution(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            left += [line for line in found[name].requires or () if "extra ==" not in line]
+    return found
+
+def default_files():
+    """{name: path}: of the Python standard library, and of `packages` in requirements.txt."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    others = {"site-packages", "dist-packages"}
+    files = [file for file in library.rglob("*.py") if not others & set(file.parts)]
+    named = {file.relative_to(library).as_posix(): file for file in files}
+    requirements = Path(__file__).with_name("requirements.txt").read_text().splitlines()
+    for package in packages(requirements).values():
+        for file in package.files or ():
+            if file.suffix == ".py" and file.locate().is_file():
+                named[file.as_posix()] = Path(file.locate())
+    return named
+
 def read_corpus(path=None):
-    """Of a text file, of all in a folder, or of the Python standard library.
+    """Of a text file, of all in a folder, or of `default_files`.
 
     -> [(name, text)], and how many files were passed over since they are not UTF-8.
     OSError: path cannot be read. ValueError: there is no text.
     """
     need(path != "", "the path of --data is empty")
     if path is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        others = {"site-packages", "dist-packages"}
-        files = [f for f in root.rglob("*.py") if not others & set(f.parts)]
+        files = default_files()
+    elif (root := Path(path)).is_dir():
+        files = {f.relative_to(root).as_posix(): f for f in root.rglob("*") if f.is_file()}
     else:
-        root = Path(path)
-        files = [root] if not root.is_dir() else [f for f in root.rglob("*") if f.is_file()]
+        files = {".": root}
     documents = []
     with Progress("file", len(files)) as progress:
-        for file in progress.watch(sorted(files)):
+        for name, file in progress.watch(sorted(files.items())):
             try:
-                text = file.read_text(encoding="utf-8")
-                documents.append((file.relative_to(root).as_posix(), text))
+                documents.append((name, file.read_text(encoding="utf-8")))
             except UnicodeDecodeError:
                 pass
     n_passed_over = len(files) - len(documents)
-    need(documents, f"no UTF-8 text in {root}; files passed over: {n_passed_over}")
+    need(documents, f"no UTF-8 text in {path}; files passed over: {n_passed_over}")
     return documents, n_passed_over
 
 def split_corpus(documents):
@@ -228,13 +259,13 @@ def train_tokenizer(texts, vocab_size, sample):
 
 def encode(encoding, texts):
     """All texts in one (N,) int32 tensor, each ended by the separator."""
-    tokens = []
+    tokens = []  # a tensor for each text: as Python's numbers they would take gigabytes
     batches = [texts[i : i + 64] for i in range(0, len(texts), 64)]
     with Progress("batch", len(batches)) as progress:
         for batch in progress.watch(batches):
             for text in encoding.encode_ordinary_batch(batch):
-                tokens += text + [encoding.eot_token]
-    return torch.tensor(tokens, dtype=torch.int32)
+                tokens.append(torch.tensor(text + [encoding.eot_token], dtype=torch.int32))
+    return torch.cat(tokens)
 
 # -- training --------------------------------------------------------------------------------------
 
@@ -385,7 +416,7 @@ class Run:
         self.path, self.device = Path(folder) / "partial.pt", device
         self.expected = {}  # seconds of each stage that is left
         self.state = {"settings": settings, "dtype": dtype}
-        self.state |= {"finished": {}, "stage": None, "written": []}
+        self.state |= {"finished": {}, "stage": None, "written": [], "steps": {}}
         if self.path.exists():
             try:
                 state = load_whole(self.path)
@@ -407,24 +438,52 @@ class Run:
         save_whole(self.path, self.state)
 
     def expect(self, stage, n, prepare):
-        """Time one call of what prepare() returns. The stage is made of n such calls."""
+        """Time one call of what prepare() returns. The stage is made of n such calls; n may be a
+        function of the seconds of a call.
+        """
         title, _ = STAGES[stage]
-        print(f"  {title:40}", end="", flush=True)
-        seconds = n * seconds_of_calls({stage: prepare()}, repeats=1)[stage]
-        print(duration(seconds), flush=True)
-        self.expected[stage] = seconds
+        if self.is_compiled(stage):
+            print(f"  {title:40}compiling", flush=True)
+            with ticking():
+                seconds = seconds_of_calls({stage: prepare()}, repeats=1)[stage]
+            print(f"  {'':40}", end="", flush=True)
+        else:
+            print(f"  {title:40}", end="", flush=True)
+            seconds = seconds_of_calls({stage: prepare()}, repeats=1)[stage]
+        self.expected[stage] = seconds * (n(seconds) if callable(n) else n)
+        print(duration(self.expected[stage]), flush=True)
 
-    def expect_training(self, stage, model, loss_of, steps):
-        """The same for a step of training, of a copy. A stage that is finished takes no time."""
+    def is_compiled(self, stage):
+        """Of large, a GPU does the small operations sooner than they are launched."""
+        return self.device.type == "cuda" and stage in ("shallow", "large")
+
+    def expect_training(self, stage, model, loss_of, steps, by_time=False):
+        """The same for a step of training, of a copy. A stage that is finished takes no time.
+
+        by_time: steps is a number of seconds. The number of steps is kept in the state.
+        """
 
         def prepare():
-            copy, generator = deepcopy(model), torch.Generator()
+            copy, generator = self.compiled(stage, deepcopy(model)), torch.Generator()
             optimizers = make_optimizers(copy)
             return lambda: self.step(copy, optimizers, loss_of, generator)
 
+        def n_left(seconds):
+            n = self.state["steps"].setdefault(stage, max(1, round(steps / seconds)))
+            return n - (self.state["step"] if self.state["stage"] == stage else 0)
+
+        if not by_time:
+            self.state["steps"][stage] = steps
         if stage not in self.state["finished"]:
-            done = self.state["step"] if self.state["stage"] == stage else 0
-            self.expect(stage, steps - done, prepare)
+            self.expect(stage, n_left, prepare)
+
+    def compiled(self, stage, model):
+        """The same model. One layer is compiled, and serves all."""
+        if self.is_compiled(stage):
+            torch._dynamo.config.suppress_errors = True  # where it cannot, it goes on without
+            for block in model.h:
+                block.compile()
+        return model
 
     def progress(self, stage, unit, total, done=0):
         stages = list(STAGES)
@@ -441,17 +500,18 @@ class Run:
             optimizer.zero_grad()
         return loss.detach()
 
-    def train(self, stage, model, loss_of, steps, seed, tokens_per_step):
-        """Train model in place for `steps` steps, and return it.
+    def train(self, stage, model, loss_of, peak, seed, tokens_per_step):
+        """Train model in place for as many steps as `expect_training` found, and return it.
 
-        The learning rate warms up, then follows a cosine down to zero.
+        The learning rate warms up to `peak`, then follows a cosine down to zero.
         loss_of(model, generator) draws a batch and returns its loss.
         """
         if stage in self.state["finished"]:
             model.load_state_dict(self.state["finished"][stage])
             return model
-        title, peak = STAGES[stage]
+        steps, (title, _) = self.state["steps"][stage], STAGES[stage]
         print(f"{title}: {steps} steps", flush=True)
+        model = self.compiled(stage, model)
         optimizers = make_optimizers(model)
         generator = torch.Generator().manual_seed(seed + list(STAGES).index(stage) + 1)
         first = 0
@@ -485,12 +545,12 @@ class Run:
             self.save()
         if pressed:
             raise KeyboardInterrupt
-        return model
+        return deepcopy(model) if self.is_compiled(stage) else model  # a copy is not compiled
 
 # -- what large writes -----------------------------------------------------------------------------
 
 def write(large, tokens, n, temperature, seed, watch=iter):
-    """n texts by large of T = block_size tokens, (n, T) int32.
+    """n texts by large of T = block_size tokens, (n, T) int32, where large is.
 
     They continue random stretches of `tokens`, of T / 16 tokens each.
     watch: here and below, `Progress.watch` of a line to be shown meanwhile.
@@ -498,7 +558,8 @@ def write(large, tokens, n, temperature, seed, watch=iter):
     T = large.config.block_size
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(len(tokens) - T // 16 + 1, (n, 1), generator=generator)
-    prompts = tokens[start + torch.arange(T // 16)].long().to(large.wte.weight.device)
+    where = (start + torch.arange(T // 16)).to(tokens.device)
+    prompts = tokens[where].long().to(large.wte.weight.device)
     decoding = rounds(large, prompts, T - T // 16, temperature=temperature, seed=seed)
     return torch.cat((prompts, *(r.tokens for r in watch(decoding))), 1).int()
 
@@ -506,9 +567,11 @@ def write(large, tokens, n, temperature, seed, watch=iter):
 def read(large, texts, autocast, watch=iter):
     """The `target_states` of large in texts (N, T): (N, T, n_state) bfloat16.
 
-    They are kept on the CPU, for they may be many gigabytes.
+    They are many gigabytes: kept on a GPU if they take less than half of what is free there.
     """
-    states = torch.empty(*texts.shape, target_state_size(large.config), dtype=torch.bfloat16)
+    shape, device = (*texts.shape, target_state_size(large.config)), large.wte.weight.device
+    fits = device.type == "cuda" and 4 * math.prod(shape) < torch.cuda.mem_get_info(device)[0]
+    states = torch.empty(shape, dtype=torch.bfloat16, device=device if fits else "cpu")
     with autocast():
         for some, out in watch(zip(texts.split(4), states.split(4))):
             some = some.long().to(large.wte.weight.device)
@@ -701,13 +764,16 @@ def run(args):
     settings = {"preset": asdict(preset), "seed": args.seed}
     settings["corpus"] = zlib.crc32(tokens.numpy().tobytes())
     settings["distill"] = [fingerprint(large), fingerprint(tiny)] if args.distill else None
+    tokens = tokens.to(device)
     stages = Run(args.checkpoints, settings, device, args.dtype)
     autocast = stages.autocast
     windows = held_out_windows(held_out, block_size)
-    if stages.state["dtype"] is None:
+    if stages.state["dtype"] is None and device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        stages.state["dtype"] = "bfloat16" if fast else "float32"
+    elif stages.state["dtype"] is None:
         print("which is faster, float32 or bfloat16?", flush=True)
-        n = preset.batch_size if device.type == "cuda" else 1  # a small pass leaves a GPU idle
-        stages.state["dtype"] = faster_dtype(large, windows[:n].to(device))
+        stages.state["dtype"] = faster_dtype(large, windows[:1].to(device))
     if not stages.path.exists():
         stages.save()  # now, not hours later, is the time to learn that it cannot
     print(f"on {device}, in {stages.state['dtype']}", flush=True)
@@ -721,19 +787,20 @@ def run(args):
 
     def text_batch(model, generator):
         first = torch.randint(len(tokens) - block_size, (preset.batch_size, 1), generator=generator)
-        batch = tokens[first + torch.arange(block_size + 1)].long()
-        return text_loss(model, batch.to(device, non_blocking=True))
+        batch = tokens[(first + torch.arange(block_size + 1)).to(device)]
+        return text_loss(model, batch.long())
 
     def own_batch(generator):
-        i = torch.randint(len(own), (preset.batch_size,), generator=generator)
-        return own[i].long().to(device), states[i].to(device)
+        i = torch.randint(len(own), (preset.own_batch_size,), generator=generator)
+        return own[i.to(own.device)].long().to(device), states[i.to(states.device)].to(device)
 
     def distillation_batch(model, generator):
         return distillation_loss(model, wte, *own_batch(generator))
 
     def heads_batch(model, generator):
         batch = own_batch(generator)
-        start = torch.randint(block_size - N_AHEAD, (preset.batch_size, 128), generator=generator)
+        size = preset.own_batch_size, 128
+        start = torch.randint(block_size - N_AHEAD, size, generator=generator)
         return heads_loss(model, wte, *batch, start.to(device))[0]
 
     losses = {"shallow": text_batch, "large": text_batch, "tiny": text_batch}
@@ -741,11 +808,13 @@ def run(args):
     steps = dict(zip(losses, preset.steps))
 
     def expect(stage, model):
-        stages.expect_training(stage, model, losses[stage], steps[stage])
+        stages.expect_training(stage, model, losses[stage], steps[stage], preset.by_time)
 
     def train(stage, model):
-        n_tokens = preset.batch_size * block_size
-        return stages.train(stage, model, losses[stage], steps[stage], args.seed, n_tokens)
+        from_text = losses[stage] is text_batch
+        size = preset.batch_size if from_text else preset.own_batch_size
+        peak = dict(preset.peaks).get(stage, STAGES[stage][1])
+        return stages.train(stage, model, losses[stage], peak, args.seed, size * block_size)
 
     def make_heads():
         sizes = deep, preset.n_heads_embd
@@ -753,7 +822,8 @@ def run(args):
 
     written = stages.state["written"]
     n_passes = block_size - block_size // 16  # of large, to write a batch of texts
-    n_left = preset.written - len(written) + 1  # batches; the last one follows held-out text
+    n_batches, n_rows = preset.written
+    n_left = n_batches - len(written) + 1  # batches; the last one follows held-out text
 
     def reading():
         read(deep, own, autocast)
@@ -764,8 +834,8 @@ def run(args):
             expect("shallow", large)
             expect("large", deep)
             expect("tiny", tiny)
-        stages.expect("write", n_left * n_passes, lambda: writing_pass(deep, 128))
-        stages.expect("read", 32 * preset.written + 16, lambda: reading)
+        stages.expect("write", n_left * n_passes, lambda: writing_pass(deep, n_rows))
+        stages.expect("read", n_batches * n_rows // 4 + 16, lambda: reading)
         expect("distil", tiny)
         for kind, heads in make_heads().items():
             expect(kind, heads)
@@ -782,21 +852,21 @@ def run(args):
         print(f"{title}: {sum(p.numel() for p in model.parameters()):,} weights", flush=True)
 
     # Texts by large: of three batches two at temperature 1, one greedy.
-    print(f"large writes: {128 * preset.written} texts of {block_size} tokens", flush=True)
-    n, done = (preset.written + 1) * n_passes, len(written) * n_passes
+    print(f"large writes: {n_batches * n_rows} texts of {block_size} tokens", flush=True)
+    n, done = (n_batches + 1) * n_passes, len(written) * n_passes
     with stages.progress("write", "pass", n, done) as progress:
-        for i in range(len(written), preset.written):
+        for i in range(len(written), n_batches):
             seed, temperature = args.seed + 100 + i, float(i % 3 < 2)
-            texts = write(large, tokens, 128, temperature, seed, progress.watch)
+            texts = write(large, tokens, n_rows, temperature, seed, progress.watch)
             with uninterrupted() as pressed:
                 written.append(texts.cpu())
                 stages.save()
             if pressed:
                 raise KeyboardInterrupt
         held_out_own = write(large, held_out, 64, 1.0, args.seed + 99, progress.watch).cpu()
-    own = torch.cat(written)
+    own = torch.cat(written).to(device)
     print("large reads what it wrote", flush=True)
-    with stages.progress("read", "batch", 32 * preset.written + 16) as progress:
+    with stages.progress("read", "batch", n_batches * n_rows // 4 + 16) as progress:
         states = read(large, own, autocast, progress.watch)
         held_out_states = read(large, held_out_own, autocast, progress.watch)
 

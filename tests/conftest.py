@@ -28,6 +28,7 @@ torch.set_num_threads(1)  # the models here are too small to share
 
 def pytest_addoption(parser):
     parser.addoption("--impl", metavar="FILE", help="test this file in place of specdec.py (see tests/EXERCISES.md)")
+    parser.addoption("--device", help="where test_gpu.py runs, cpu for instance (default: a GPU; without one it is skipped)")
 
 
 def pytest_configure(config):
@@ -93,7 +94,7 @@ def pytest_ignore_collect(collection_path, config):
 
     Nor need that be fit for a CUDA graph, in which nothing may look at a result, as a loop over rows does.
     """
-    names = ("command_line", "exercises", "mutants", "training", "bench", "shipped_pair", "reading", "graphs")
+    names = ("command_line", "exercises", "mutants", "training", "bench", "shipped_pair", "reading", "graphs", "gpu")
     return True if config.getoption("--impl") and collection_path.stem[5:] in names else None
 
 

@@ -30,7 +30,7 @@ from train_tiny import (
     write,
 )  # fmt: skip
 
-SMALL = Preset(264, 16, (4, 2, 8), (1, 1, 8), 8, 4, 2, (3, 6, 4, 5, 3, 2), 3000)
+SMALL = Preset(264, 16, (4, 2, 8), (1, 1, 8), 8, 4, 4, (2, 128), (3, 6, 4, 5, 3, 2), 3000)
 EXPECT = Run.expect
 STEPS = dict(zip(("shallow", "large", "tiny", "distil", "markov", "blind"), SMALL.steps))
 
@@ -268,12 +268,13 @@ def test_the_learning_rate_warms_up_once_and_falls_to_zero(tmp_path, monkeypatch
 
     for interrupted in (True, True, False):
         stages = Run(tmp_path, {}, torch.device("cpu"), "float32")
+        stages.state["steps"] = {"tiny": steps}
         stops = pytest.raises(train_tiny.Interrupted) if interrupted else contextlib.nullcontext()
         with stops:
-            stages.train("tiny", Says([0.5, 0.5], [0.5, 0.5]), loss_of, steps, 0, 1)
+            stages.train("tiny", Says([0.5, 0.5], [0.5, 0.5]), loss_of, 4e-3, 0, 1)
     i = torch.arange(steps, dtype=torch.float64)
     cosine = (1 + torch.cos(torch.pi * i / steps)) / 2
-    expected = STAGES["tiny"][1] * torch.minimum((i + 1) / (steps / 50), cosine)
+    expected = 4e-3 * torch.minimum((i + 1) / (steps / 50), cosine)
     torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), expected)
 
 
@@ -297,6 +298,69 @@ def test_a_stage_is_expected_to_take_as_long_as_its_steps(tmp_path, monkeypatch,
     assert "  tiny, on text                           3 min 20 s\n" in capsys.readouterr().out
     assert stages.progress("write", "pass", 9).later == 2 * 111110000
     assert stages.progress("measure", "pass", 9).later == 0
+
+
+def test_steps_by_time(run, corpus, tmp_path, monkeypatch, capsys):
+    """Stages of some seconds, on a machine of 2 s a step. To go on there takes no other number, even
+    if a step takes longer then. And a preset's own learning rates are used.
+    """
+    seconds, rates = [2], []
+
+    def clock(calls, repeats):
+        for call in calls.values():
+            call()
+        return dict.fromkeys(calls, seconds[0])
+
+    def stop(path, state):
+        save_whole(path, state)
+        if "tiny" in state["finished"] and seconds[0] == 2:
+            press_ctrl_c()
+
+    class Recorder(torch.optim.SGD):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+
+    save_whole = train_tiny.save_whole
+    monkeypatch.setattr(train_tiny, "make_optimizers", lambda m: [Recorder(m.parameters(), lr=0)])
+    monkeypatch.setattr(train_tiny, "seconds_of_calls", clock)
+    monkeypatch.setattr(train_tiny, "save_whole", stop)
+    preset = replace(SMALL, steps=(6, 12, 8, 11, 1, 4), by_time=True, peaks=(("shallow", 7),))
+    monkeypatch.setitem(PRESETS, "small", preset)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out")
+    seconds[0] = 3
+    assert max(rates) == 7
+    run(tmp_path / "out")
+    out = capsys.readouterr().out
+    titles = [(STAGES[stage][0], n) for stage, n in zip(STEPS, (3, 6, 4, 6, 1, 2))]
+    assert all(f"{title}: {n} steps\n" in out for title, n in titles)
+    assert re.findall(r"tiny, distilled +0 min (\d+) s", out) == ["12", "18"]  # 6 steps
+
+
+def test_large_is_compiled_while_it_is_trained_and_at_no_other_time(finished, train, monkeypatch, capsys):
+    """As on a GPU. The weights are the same but for rounding; texts are written by what is not compiled."""
+    def is_compiled(stages, stage):
+        return stage in ("shallow", "large")
+
+    def compile(block):
+        compiled.append(block)
+        return torch.nn.Module.compile(block, backend="eager")
+
+    def write_and_look(large, *args):
+        assert all(block._compiled_call_impl is None for block in large.h)
+        return write(large, *args)
+
+    compiled = []
+    monkeypatch.setattr(Run, "is_compiled", is_compiled)
+    monkeypatch.setattr("model.Block.compile", compile, raising=False)
+    monkeypatch.setattr(train_tiny, "write", write_and_look)
+    monkeypatch.setattr(Run, "expect", EXPECT)
+    pairs = zip(train("out"), finished()[1])
+    assert len(compiled) == 2 * (2 + 4)  # layers, when a step is timed and when they are trained
+    for ours, theirs in pairs:
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0.05)
+    assert capsys.readouterr().out.count("compiling\n") == 2
 
 
 @pytest.mark.parametrize("terminal, shown", [(True, range(11, 21)), (False, range(12, 21, 2))])
@@ -362,13 +426,25 @@ def test_bad_corpus_is_refused_in_words(train, tmp_path, what):
     assert not (tmp_path / "out").is_dir()
 
 
-def test_corpus_is_utf8_text_and_the_standard_library_by_default(tmp_path):
+def test_corpus_is_utf8_text(tmp_path):
     (tmp_path / "b.txt").write_text("é", encoding="utf-8")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "c.py").write_text("c")
     (tmp_path / "image").write_bytes(b"\xff\xfe\x00")
     assert read_corpus(tmp_path) == ([("a/c.py", "c"), ("b.txt", "é")], 1)
     assert [text for _, text in read_corpus(tmp_path / "b.txt")[0]] == ["é"]
+
+
+def test_the_corpus_by_default_is_the_library_and_the_packages_of_the_project():
+    """With what they need: pluggy for pytest, regex for tiktoken; not what an extra of theirs needs, nor pip."""
+    files = train_tiny.default_files()
+    assert all(path.is_file() and path.suffix == ".py" for path in files.values())
+    tops = {name.split("/")[0] for name in files}
+    assert {"json", "torch", "numpy", "tiktoken", "pytest", "hypothesis", "pluggy", "regex"} <= tops
+    assert not {"pip", "site-packages"} & tops
+    found = train_tiny.packages(["# a comment", "", "pytest==1.0", "Typing_Extensions>=4", "no-such-package"])
+    assert {"pytest", "pluggy", "iniconfig", "typing-extensions"} <= set(found)
+    assert not {"hypothesis", "no-such-package"} & set(found)  # hypothesis: pytest's extra, "dev"
 
 
 def test_the_tokenizer_sees_the_whole_corpus():
@@ -429,7 +505,7 @@ def test_held_out_text_is_used_for_the_report_and_for_nothing_else(
 
     monkeypatch.setattr(train_tiny, "write", recorded)
     steps = 1, 60, 1, 1, 1, 1
-    preset = replace(SMALL, steps=steps, written=4, sample=10**5)
+    preset = replace(SMALL, steps=steps, written=(4, 128), sample=10**5)
     monkeypatch.setitem(PRESETS, "small", preset)
     train("out", "--data", str(texts))
     out = capsys.readouterr().out
