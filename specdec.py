@@ -227,7 +227,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 from kvcache import FixedKVCache, TreeView
-from model import as_prompts, as_rows, as_tokens, capture, check_memory, has_graphs, need
+from model import as_prompts, as_rows, as_tokens, capture, check_memory, has_graphs, need, now
 from model import target_state_size, target_states
 
 class Round(NamedTuple):
@@ -260,7 +260,7 @@ class Stats:
         self.evaluated += judged.sum().item()
         self.accepted += torch.minimum(r.n_accepted, r.n_new).sum().item()
         self.emitted += r.n_new.sum().item()
-        self.overlap += overlap[is_judged].sum().item()
+        self.overlap += overlap.where(is_judged, 0).sum().item()
     acceptance_rate = property(lambda self: self.accepted / max(1, self.evaluated))  # alpha
     expected_acceptance_rate = property(lambda self: self.overlap / max(1, self.evaluated))
     tokens_per_pass = property(lambda self: self.emitted / max(1, self.rounds))  # tau
@@ -387,8 +387,7 @@ class HeadsDrafter(ModelDrafter):
     def start(self, target, cache, rows, hidden):
         self.cache, self.rows = self.heads.new_cache(*rows.tokens.shape), rows
         self.target_cache, self.length = cache, rows.length.clone()  # length: at the last commit
-        room = rows.tokens.shape[1] - 1 - hidden.shape[1]
-        self.hidden = F.pad(hidden, (0, 0, 1, room))  # [:, t]: the target's last before token t
+        self.hidden = F.pad(hidden, (0, 0, 1, rows.tokens.shape[1] - 1 - hidden.shape[1]))
     def unread(self, rows, n=None):
         """Up to k+1 tokens, or the prompt. Rows too short for so many repeat their newest."""
         need(rows is self.rows, "this drafter is in use by another generation")
@@ -575,22 +574,23 @@ class Replayed:
                 inner.model(read_all(rows), inner.cache)
             graphs[n][0]()
             return n
-        for n in (ks[0], *ks):  # what is recorded has to have run before
-            if rows.room().any():
-                yield Round(*one_round(n)[:-1])
-            inner.unread = read
-        left = rows.room().max().item()
-        graphs = {n: capture(functools.partial(one_round, n), generator) for n in ks if left > 0}
         try:
-            n = launch(n) if left > 0 else 0
+            for n in (ks[0], *ks):  # what is recorded has to have run before
+                if rows.room().any():
+                    yield Round(*one_round(n)[:-1])
+                inner.unread = read
+            left = rows.room().max().item()
+            if left > 0:
+                graphs = {n: capture(functools.partial(one_round, n), generator) for n in ks}
+                n = launch(n)
             while left > 0:
                 *r, room = graphs[n][1]()
                 n = launch(n)
                 yield Round(*r)
                 left = room.max().item()
-        finally:  # what uses this memory from now on waits for the last replay
-            for _, result in graphs.values():
-                result()
+        finally:
+            inner.unread = None  # or it and what it belongs to would keep each other in memory
+            now()  # which the last replay uses until it is done
 
 def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperature, top_k, top_p,
                     eos, seed):  # fmt: skip
@@ -617,8 +617,8 @@ def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperatur
     known = {type(drafter), type(drafter.drafter if tree else None)} <= ours
     if k == "auto":
         drafter, k = AutoK(drafter), 8
-    if has_graphs(device) and known and rule in RULES.values():
-        drafter = Replayed(drafter)  # a graph is for what never looks at a result
+    if has_graphs(device) and known and rule in RULES.values() and (eos is None or len(eos) < 10):
+        drafter = Replayed(drafter)  # for what looks at no result, as isin does of ten tokens
     seed = torch.Generator().seed() % 2**63 if seed is None else seed
     return prompts, Coupled(drafter) if coupled else drafter, k, rule, eos, seed
 
@@ -656,7 +656,7 @@ import argparse
 import os
 import signal
 import sys
-from model import CHECKPOINTS, BadInput, load_heads, load_pair, now
+from model import CHECKPOINTS, BadInput, load_heads, load_pair
 
 ENGLISH = "It was the best of times, it was the worst of times, it was the age of wisdom, it was"
 PROMPT = "import os\nimport sys\n\ndef main(argv=None):\n    if argv is None:\n        argv = "
@@ -766,13 +766,13 @@ def main(argv=None):
         "tree": lambda: (TreeDrafter(ModelDrafter(draft), (args.tree or "2,1,1,1").split(",")), 4),
     }[name]()
     k = int(args.k) if (args.k or "").isdecimal() else args.k or k
-    prompts = torch.tensor([encoding.encode_ordinary(text)]).expand(B, -1)
+    prompts = torch.tensor(B * [encoding.encode_ordinary(text)], device=target.wte.weight.device)
     show = lambda x: repr(encoding.decode([x]))[1:-1].replace(" ", "·")
     rule = functools.partial(traced, show) if args.trace else args.rule
     stories, filters = {}, {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     for T in (0.0, 1.0) if args.temperature is None else (args.temperature,):
         stories[T] = rounds(target, prompts, n, drafter, k, rule, T, **filters)
-    n = max(n, has_graphs(prompts.device) * min(400, draft.config.block_size - prompts.shape[1]))
+    n = max(n, has_graphs(prompts.device) * min(400 // B, len(draft.wpe.weight) - len(prompts[0])))
     large, tiny = (sum(p.numel() for p in model.parameters()) / 1e6 for model in (target, draft))
     print(f"The target: a GPT-2 with {large:.1f} million weights. The draft: {tiny:.1f} million.")
     print(f"The prompt: {text!r}")

@@ -28,7 +28,7 @@ import sysconfig
 import threading
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -73,7 +73,7 @@ PRESETS = {
     # Deep, as a layer costs a GPU little time, and a guess the same for any target.
     "gpu": Preset(
         1024, 512, (48, 4, 256), (1, 4, 256), 192, 128, 64, (12, 512),
-        (60, 100, 15, 45, 70, 20), 100_000, True, (("shallow", 3e-3), ("large", 2.5e-3)),
+        (55, 90, 15, 40, 60, 15), 100_000, True, (("shallow", 3e-3), ("large", 2.5e-3)),
     ),
 }  # fmt: skip
 STAGES = {  # in this order: the name, and the highest learning rate where something is trained
@@ -259,7 +259,7 @@ def train_tokenizer(texts, vocab_size, sample):
 
 def encode(encoding, texts):
     """All texts in one (N,) int32 tensor, each ended by the separator."""
-    tokens = []  # a tensor for each text: as Python's numbers they would take gigabytes
+    tokens = [torch.empty(0, dtype=torch.int32)]  # and one for each text: lists take gigabytes
     batches = [texts[i : i + 64] for i in range(0, len(texts), 64)]
     with Progress("batch", len(batches)) as progress:
         for batch in progress.watch(batches):
@@ -442,14 +442,11 @@ class Run:
         function of the seconds of a call.
         """
         title, _ = STAGES[stage]
-        if self.is_compiled(stage):
-            print(f"  {title:40}compiling", flush=True)
-            with ticking():
-                seconds = seconds_of_calls({stage: prepare()}, repeats=1)[stage]
-            print(f"  {'':40}", end="", flush=True)
-        else:
-            print(f"  {title:40}", end="", flush=True)
+        compiled = self.is_compiled(stage)
+        print(f"  {title:40}" + "compiling\n" * compiled, end="", flush=True)
+        with ticking() if compiled else nullcontext():
             seconds = seconds_of_calls({stage: prepare()}, repeats=1)[stage]
+        print(" " * 42 * compiled, end="")
         self.expected[stage] = seconds * (n(seconds) if callable(n) else n)
         print(duration(self.expected[stage]), flush=True)
 
@@ -563,6 +560,10 @@ def write(large, tokens, n, temperature, seed, watch=iter):
     decoding = rounds(large, prompts, T - T // 16, temperature=temperature, seed=seed)
     return torch.cat((prompts, *(r.tokens for r in watch(decoding))), 1).int()
 
+def n_read(device):
+    """How many texts are read at once: a GPU does more in about the same time."""
+    return 64 if device.type == "cuda" else 4
+
 @torch.no_grad()
 def read(large, texts, autocast, watch=iter):
     """The `target_states` of large in texts (N, T): (N, T, n_state) bfloat16.
@@ -572,8 +573,9 @@ def read(large, texts, autocast, watch=iter):
     shape, device = (*texts.shape, target_state_size(large.config)), large.wte.weight.device
     fits = device.type == "cuda" and 4 * math.prod(shape) < torch.cuda.mem_get_info(device)[0]
     states = torch.empty(shape, dtype=torch.bfloat16, device=device if fits else "cpu")
+    n = n_read(device)
     with autocast():
-        for some, out in watch(zip(texts.split(4), states.split(4))):
+        for some, out in watch(zip(texts.split(n), states.split(n))):
             some = some.long().to(large.wte.weight.device)
             cache = large.new_cache(len(some))
             _, hidden = large(some, cache)
@@ -781,14 +783,15 @@ def run(args):
     # What is trained, and on what. Until large has written, text of the corpus stands in for its
     # own, and zeros for its states, so that a step of each stage can be timed now.
     deep = large if args.distill else grow(large)
-    own = windows[:4, :-1]
-    states = torch.zeros(*own.shape, target_state_size(deep.config), dtype=torch.bfloat16)
+    own = windows[: n_read(device), :-1].to(device)
+    shape = *own.shape, target_state_size(deep.config)
+    states = torch.zeros(shape, dtype=torch.bfloat16, device=device)
     wte = deep.wte.weight.detach()
 
     def text_batch(model, generator):
         first = torch.randint(len(tokens) - block_size, (preset.batch_size, 1), generator=generator)
-        batch = tokens[(first + torch.arange(block_size + 1)).to(device)]
-        return text_loss(model, batch.long())
+        where = first.to(device) + torch.arange(block_size + 1, device=device)
+        return text_loss(model, tokens[where].long())
 
     def own_batch(generator):
         i = torch.randint(len(own), (preset.own_batch_size,), generator=generator)
@@ -824,6 +827,7 @@ def run(args):
     n_passes = block_size - block_size // 16  # of large, to write a batch of texts
     n_batches, n_rows = preset.written
     n_left = n_batches - len(written) + 1  # batches; the last one follows held-out text
+    n_reads = sum(math.ceil(n / n_read(device)) for n in (n_batches * n_rows, 64))
 
     def reading():
         read(deep, own, autocast)
@@ -835,11 +839,11 @@ def run(args):
             expect("large", deep)
             expect("tiny", tiny)
         stages.expect("write", n_left * n_passes, lambda: writing_pass(deep, n_rows))
-        stages.expect("read", n_batches * n_rows // 4 + 16, lambda: reading)
+        stages.expect("read", n_reads, lambda: reading)
         expect("distil", tiny)
         for kind, heads in make_heads().items():
             expect(kind, heads)
-        stages.expect("measure", len(windows) / 4 + 3 * 16, lambda: reading)
+        stages.expect("measure", (len(windows) + 3 * 64) / len(own), lambda: reading)
     print(f"  {'in all':40}{duration(sum(stages.expected.values()))}", flush=True)
 
     # Large and tiny, on text.
@@ -866,7 +870,7 @@ def run(args):
         held_out_own = write(large, held_out, 64, 1.0, args.seed + 99, progress.watch).cpu()
     own = torch.cat(written).to(device)
     print("large reads what it wrote", flush=True)
-    with stages.progress("read", "batch", n_batches * n_rows // 4 + 16) as progress:
+    with stages.progress("read", "batch", n_reads) as progress:
         states = read(large, own, autocast, progress.watch)
         held_out_states = read(large, held_out_own, autocast, progress.watch)
 

@@ -17,6 +17,7 @@ import signal
 import statistics
 import sys
 import textwrap
+import time
 from collections import Counter
 from copy import copy
 from functools import partial
@@ -89,6 +90,7 @@ class Row:
         self.turns.append((Counter(), Counter()))
         self.launches, self.most = [], n * len(prompt)
         self.in_parts = not has_graphs(prompt.device)
+        self.alone += [] if self.in_parts else [{}]
         if self.in_parts:
             target = copy(target)
             target.forward = self.timed("verify", target.forward)
@@ -111,6 +113,7 @@ class Row:
         self.launches.append(launch)
         return launch, result
 
+    @torch.inference_mode()
     def replays_alone(self):
         """{tokens that a pass reads: seconds of a round}, the host not looking at any."""
         def many(launch):
@@ -122,15 +125,19 @@ class Row:
 
     def advance(self, n_tokens):
         """Decode so many tokens more. -> whether there may be others."""
-        goal = self.emitted + n_tokens
+        # To wait for a GPU after each round would hide that it goes on while the host looks at one.
+        goal, clock = self.emitted + n_tokens, now if self.in_parts else time.perf_counter
+        start = now()
         while self.emitted < goal:
-            self.parts, self.size, start = Counter(), 0, now()
+            self.parts, self.size = Counter(), 0
+            start = clock() if self.in_parts else start
             with mock.patch.object(specdec, "capture", self.captured):
                 r = next(self.rounds, None)
-            seconds = now() - start
             if r is None:
                 return False
             n_new = r.n_new.sum().item()
+            end = clock() if self.emitted + n_new < goal else now()
+            start, seconds = end, end - start
             self.n_rounds, self.emitted = self.n_rounds + 1, self.emitted + n_new
             # In the first round the prompt is read. In the next ones graphs are recorded.
             if self.n_rounds > (1 if self.in_parts else 4):
@@ -138,7 +145,7 @@ class Row:
                 spent.update(self.parts, seconds=seconds, tokens=n_new, passes=1)
                 sizes[self.size or r.guesses.shape[1] + 1] += 1
             if self.launches and self.emitted == self.most:
-                self.alone.append(self.replays_alone())
+                self.alone[-1] = self.replays_alone()
             self.stats.add(r)
             judged = torch.minimum(r.n_accepted + (r.n_accepted < r.n_guessed), r.n_new)
             for n, m in zip(judged.tolist(), torch.minimum(r.n_accepted, r.n_new).tolist()):

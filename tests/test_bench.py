@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -271,47 +272,68 @@ def test_what_is_not_exact_is_marked_and_cannot_win(table, own, capsys):
         assert "\n! " not in table(*short, "--rule", rule)
 
 
-@pytest.mark.parametrize("k", [3, "auto"])
-def test_rounds_in_a_graph_are_timed_from_outside(pair, monkeypatch, k):
-    """Nothing is wrapped, and four rounds are left out. When a text is complete, its graphs are
-    timed alone: by a clock that each replay sets forward, by 2 s and by 1 s where nobody guesses.
+class FakeGPU:
+    """What is launched takes 2 s with guesses, 1 s without. The host needs .3 s to launch it. Who
+    looks at a result waits for it, and who asks for the time with `now` for all that was launched.
     """
-    graphs, time = [], [0.0]
 
-    def capture(call, generator=None):
-        """In the place of a graph, a call. To look at it takes another second."""
-        graphs.append(call)
+    def __init__(self):
+        self.host = self.free = self.ready = self.n_graphs = 0.0
+
+    def capture(self, call, generator=None):
+        self.n_graphs += 1
         out = []
 
-        @torch.inference_mode()
         def launch():
+            assert torch.is_inference_mode_enabled()  # as when it was recorded
             out[:] = call()
-            time[0] += 2 if call.args[0] else 1
+            self.host += 0.3
+            self.free = max(self.host, self.free) + (2 if call.args[0] else 1)
 
         def result():
-            time[0] += 1
+            self.clock()  # whoever launched this has looked at the one before
+            self.ready = self.free
             return [x.clone() for x in out]
 
         return launch, result
 
+    def clock(self):
+        self.host = max(self.host, self.ready)
+        return self.host
+
+    def now(self):
+        self.host = max(self.host, self.free)
+        return self.host
+
+
+@pytest.mark.parametrize("k", [3, "auto"])
+def test_rounds_in_a_graph_are_timed_from_outside(pair, monkeypatch, k):
+    """Nothing is wrapped, and four rounds are left out. When a text is complete, its graphs are
+    timed alone: that is the prediction, and comes true, as a replay does not wait for the host.
+    """
+    gpu = FakeGPU()
     target, draft, _ = load_pair(pair, "cpu", torch.float32)
     for module in (bench, specdec):
         monkeypatch.setattr(module, "has_graphs", lambda device: True)
-        monkeypatch.setattr(module, "capture", capture)
-    for name in ("bench.now", "train_tiny.now", "time.perf_counter"):
-        monkeypatch.setattr(name, lambda: time[0])
+        monkeypatch.setattr(module, "capture", gpu.capture)
+    for name in ("bench.now", "train_tiny.now", "specdec.now"):
+        monkeypatch.setattr(name, gpu.now)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=gpu.clock))
+    monkeypatch.setattr(specdec, "time", SimpleNamespace(perf_counter=lambda: gpu.host))
     monkeypatch.setattr(bench, "passes", None)
     rows = [bench.Row("plain"), bench.Row("model", ModelDrafter(draft), k)]
-    figures = bench.compare(target, rows, [torch.tensor([[97, 98]])], 24, 0, lambda *words: None)
-    assert len(graphs) == (2 if k == 3 else 3) * len(rows[0].turns)
-    timed = [sum(spent["passes"] for spent, _ in row.turns) for row in rows]
+    figures = bench.compare(target, rows, [torch.tensor([[97, 98]])], 100, 0, lambda *words: None)
     n = len(rows[0].turns)
-    assert timed == [20 * n, rows[1].stats.rounds - 4 * n]
-    assert rows[0].alone[0] == {1: 1.0} and rows[1].alone[0].items() <= {4: 2.0, 5: 2.0, 1: 1.0}.items()
+    assert gpu.n_graphs == (2 if k == 3 else 3) * n
+    timed = [sum(spent["passes"] for spent, _ in row.turns) for row in rows]
+    assert timed == [96 * n, rows[1].stats.rounds - 4 * n]
+    assert rows[0].alone[0] == pytest.approx({1: 1}, rel=0.04)
+    assert rows[1].alone[0] == pytest.approx({4: 2} if k == 3 else {5: 2, 1: 1}, rel=0.04)
+    assert figures[1]["speed_up"] == pytest.approx(figures[1]["predicted"], rel=0.05)
     if k == 3:
         spent, _ = rows[1].turns[0]
-        assert figures[1]["speed_up"] == pytest.approx(spent["tokens"] / spent["passes"] * 2 / 3)
-        assert figures[1]["predicted"] == pytest.approx(spent["tokens"] / spent["passes"] / 2)
+        tau = spent["tokens"] / spent["passes"]
+        assert figures[1]["predicted"] == pytest.approx(tau / 2, rel=0.04)
     assert all(math.isnan(figures[1][name]) for name in ("draft", "verify", "rest"))
 
 

@@ -9,6 +9,7 @@ the toss of a coin at once, or as late as can be.
 
 import gc
 import itertools
+import weakref
 from contextlib import contextmanager
 from random import Random
 
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 import specdec
 import test_law
 from extras import accept_typical_lossy
+from kvcache import FixedKVCache
 from model import capture
 from specdec import RULES, ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds, verify
 from test_decoding import (
@@ -190,12 +192,12 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: CURRENT[-1])
     monkeypatch.setattr(Stream, "late", Random(0))
     monkeypatch.setattr("model._spare", [])
+    monkeypatch.setattr(specdec, "now", lambda: [stream.run() for stream in STREAMS])
     for module in ("model", "specdec"):
         monkeypatch.setattr(f"{module}.has_graphs", lambda device: True)
     GRAPHS.clear()
     STREAMS.clear()
     yield
-    gc.collect()  # generators that were not finished
     assert not any(stream.queue for stream in STREAMS), "nobody waits for a replay: its memory may be gone"
 
 
@@ -532,6 +534,39 @@ def test_auto_learns_of_a_round_what_came_of_it(monkeypatch):
     happened = [(r.guesses.shape[1] > 0, r.n_new.item()) for r in every[3:]]
     assert learnt == happened[: len(learnt)] and len(happened) - len(learnt) <= 1
     assert {asked for asked, _ in learnt} == {False, True}
+
+
+def test_many_end_tokens_are_not_for_graphs():
+    """torch.isin sorts ten or more of them, and looks at what comes out."""
+    probs = torch.tensor([1 / 3] * 3 + [0] * 10).expand(8, 13, 13)
+    for n in (9, 10):
+        GRAPHS.clear()
+        generate(test_law.TableModel(probs), [[0]], 5, eos=[*range(3, 3 + n)], seed=0)
+        assert bool(GRAPHS) == (n < 10)
+
+
+@each(PLAIN | ALL | TREES | {"auto": lambda: ModelDrafter(DRAFT)})
+def test_no_memory_is_kept_afterwards(make, request, monkeypatch):
+    """Not even until the garbage collector comes: it knows nothing of a GPU's memory."""
+    k, made = "auto" if "auto" in request.node.name else 3, []
+
+    class Watched(FixedKVCache):
+        def __init__(self, cache):
+            super().__init__(cache)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(specdec, "FixedKVCache", Watched)
+    gc.disable()
+    try:
+        for n in (1, 2, 5, 99):
+            decoding = rounds(TARGET, RAGGED, 40, drafter=make(), k=k, seed=0)
+            for _ in zip(range(n), decoding):
+                pass
+            decoding.close()
+            del decoding
+            assert made and not any(cache() for cache in made)
+    finally:
+        gc.enable()
 
 
 @each(PLAIN | ALL | TREES | {"auto": lambda: ModelDrafter(DRAFT)})
