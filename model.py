@@ -142,7 +142,7 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, target=None, draft=No
     """-> target, draft, encoding: large.pt and tiny.pt, or two GPT-2, see `load_gpt2`.
 
     device None: the GPU where there is one. dtype None: bfloat16 on a GPU; on a CPU float16 for the
-    target's matrices where there is fbgemm (`Packed`), float32 elsewhere and for tiny.
+    matrices of the layers where there is fbgemm, see `Packed`, else float32.
     OSError, ValueError: as `load_checkpoint`; or the two have different tokenizers.
     """
     need(bool(target) == bool(draft), "a target needs a draft, and a draft a target")
@@ -153,7 +153,7 @@ def load_pair(folder=CHECKPOINTS, device=None, dtype=None, target=None, draft=No
         (target, encoding), (draft, other) = (load_gpt2(x, device, dtype) for x in (target, draft))
     else:
         target, encoding = load_checkpoint(folder / "large.pt", device, dtype)
-        draft, other = load_checkpoint(folder / "tiny.pt", device, target.wte.weight.dtype)
+        draft, other = load_checkpoint(folder / "tiny.pt", device, dtype)
     one, two = ((e._mergeable_ranks, e._pat_str) for e in (encoding, other))
     need(one == two, "target and draft have different tokenizers")
     return target, draft, encoding
