@@ -479,11 +479,11 @@ _spare = []  # streams of graphs that no longer exist, to be used again
 def capture(call, generator=None):
     """-> launch, result: call() as a CUDA graph, one launch for hundreds of kernels.
 
-    call() is recorded, and has to have run before. launch() replays it: the same kernels, at the
-    same addresses. So shapes must be fixed, the host must not look at any result, and state must be
+    call() is recorded; it must have run once. launch() replays it: the same kernels, at the same
+    addresses. So shapes must be fixed, the host must not look at any result, and state must be
     changed in place. The coins of every replay are new, since the graph knows the generator.
-    result(): copies of the tensors that call() returned in the last replay. Who looks at them waits
-    for that replay, but not for the next one: replays have a stream of their own.
+    result(), before the next launch: copies of the tensors that call() returned. Who looks at them
+    waits for the last replay, but not for the next one: replays have a stream of their own.
     """
     graph = torch.cuda.CUDAGraph()
     if generator is not None:

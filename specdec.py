@@ -11,7 +11,7 @@ target's own distribution. A round:
     4. COMMIT these n+1 tokens; both caches forget the rejected guesses
 
 Leviathan, Kalman, Matias 2022 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318). Letters in
-shapes: B rows of a batch, k guesses, V = vocab_size. Parts 2 to 4 can wait.
+shapes: B rows of a batch, T tokens, k guesses, V = vocab_size, D = n_embd. Parts 2 to 4 can wait.
 """
 
 import functools
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 # ---- Part 1: speculative decoding ----------------------------------------------------------------
-# (`need` refuses bad input. Round, RULES, collect, as_rows and check_arguments come later, too.)
+# (`need`, which refuses bad input, is in model.py. Names that are not here yet: Parts 2 and 3.)
 
 def to_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (..., V) -> the distribution to draw from: same shape, sums to 1, float32 or better.
@@ -75,7 +75,7 @@ class Rows:
         return self.end - self.length
 
     def newest(self, n=1):
-        """The last n tokens of each row, (B, n)."""
+        """The last n tokens of each row, (B, n). Before a shorter row: its first, repeated."""
         where = self.length[:, None] + torch.arange(-n, 0, device=self.length.device)
         return self.tokens.gather(1, where.clamp(min=0))
 
@@ -157,7 +157,7 @@ class ModelDrafter:
         """What the cache lacks: the newest token, and the last guess, if all k were accepted."""
         need(rows is self.rows, "this drafter is in use by another generation")
         n = (rows.length - self.cache.length).max().item()
-        self.cache.rollback((rows.length - n).clamp(min=0))  # who lacks 1 reads 1 again
+        self.cache.rollback((rows.length - n).clamp(min=0))  # some read some again
         return rows.newest(n)
 
     def commit(self, rows, hidden):
@@ -185,7 +185,7 @@ def speculative_round(target, cache, drafter, rows, k, rule, probs_of, generator
 @torch.inference_mode()
 def speculative_rounds(target, drafter, rows, k, rule, probs_of, generator):
     """Rounds until every row has ended. A row waits for no other: each accepts what it accepts.
-    Between rounds the target's cache holds every row but for its newest token, and nothing else."""
+    Between rounds the target's cache holds all of a row but its newest token, and nothing else."""
     cache = target.new_cache(*rows.tokens.shape)
     drafter.start(target, cache, rows, read_prompts(target, cache, rows))
     one_round = getattr(drafter, "own_round", speculative_round)  # in Part 3
@@ -382,7 +382,7 @@ class NGramDrafter(NoDrafter):
         return tokens, (probs & guess[..., None]).float()
 
 class HeadsDrafter(ModelDrafter):
-    """Guesses with `DraftHeads`, a draft model of one block that sees the target's states."""
+    """Guesses with `DraftHeads` (model.py): one block, which sees what the target knew before."""
     def __init__(self, heads): self.heads = heads
     def start(self, target, cache, rows, hidden):
         self.cache, self.rows = self.heads.new_cache(*rows.tokens.shape), rows
@@ -411,7 +411,7 @@ class HeadsDrafter(ModelDrafter):
         self.state = state
         return self.heads.lm_head(state), state
     def commit(self, rows, hidden):
-        """What was guessed was read with the heads' own states: it will be read again."""
+        """Guesses were read with the heads' own states: forget them; `unread` gives them again."""
         self.cache.rollback(torch.minimum(self.length, self.cache.length))
         where = self.length[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
         self.hidden.scatter_(1, where[..., None].expand_as(hidden), hidden)
@@ -419,13 +419,13 @@ class HeadsDrafter(ModelDrafter):
 
 class AutoK:
     """Any drafter, asked for more guesses (+2) after a round in which all were accepted, for fewer
-    (-1) after others, as in Hugging Face's transformers, and for none where guessing loses time.
-    The unit of its account is a plain round. Guessing has a credit of 3, and 1% of the plain rounds
-    is added; what a round with guesses gains or loses is added, too, but 6 is the most. It looks
-    back only, by a clock of its own: the distribution stays, but equal seeds may differ."""
+    (-1) after others, as in Hugging Face's transformers, and for none where guessing loses time:
+    rounds with guesses are paid from a credit, in units of a plain round's time. It starts at 3,
+    gains .01 in a plain round, and in one with guesses its tokens, less its time; 6 is the most.
+    It sees the past only, by a clock: the distribution stays, but equal seeds may differ."""
     def __init__(self, drafter):
         self.drafter, self.none, self.k, self.credit = drafter, NoDrafter(), 4, 3.0
-        self.plain, self.asked = [], []  # seconds of plain rounds; guesses, if not known what came
+        self.plain, self.asked = [], []  # seconds of plain rounds; guesses of rounds not learnt yet
     def start(self, *args):
         self.none.start(*args)
         self.drafter.start(*args)
@@ -470,8 +470,8 @@ def ancestors(widths, device):
 
 class TreeDrafter:
     """A tree of guesses by a model or heads: widths[i] children of every node at level i.
-    Siblings are drawn without replacement. Where no mass is left for another, as at temperature 0
-    after the first, the best untried token is certain; with top=True from the first child on."""
+    Siblings are drawn without replacement. Where no token is left to draw, as at temperature 0
+    after one, the best untried token is taken as certain; with top=True always."""
     def __init__(self, drafter, widths, top=False):
         names = [str(width) for width in widths]
         right = names and all(name.isdecimal() and int(name) >= 1 for name in names)
@@ -480,7 +480,7 @@ class TreeDrafter:
         self.n_nodes = [*levels(self.widths)][-1][2] - 1  # but for the root
     def start(self, *args): self.drafter.start(*args)
     def own_round(self, target, cache, _, rows, k, rule, probs_of, generator):
-        widths = self.widths[:k]  # near the end of the text, a shallower tree
+        widths = self.widths[:k]  # k levels at most: near the end of the text, a shallower tree
         guesses, draft_probs = self.propose(rows, widths, probs_of, generator)
         # The root is the newest token; all nodes are scored in one pass.
         tree = ancestors(widths, guesses.device)
@@ -546,9 +546,9 @@ def verify_tree(target_probs, draft_probs, draft_tokens, widths, generator=None)
 class Replayed:
     """A drafter, None for plain decoding, whose rounds a GPU replays as CUDA graphs.
     To launch a small model's hundreds of operations takes longer than to do them. So a round of k
-    guesses is recorded, in caches whose shapes never change, and replayed with a single launch, the
-    next one before the host looks at the last: one in vain at the end, which adds nothing, as no
-    row has room. AutoK has two graphs, of four guesses and of none."""
+    guesses is recorded, in caches whose shapes never change, and replayed with a single launch: the
+    next one before the host sees whether the last has ended the text. So at the end one is replayed
+    in vain; as no row has room, it adds nothing. AutoK has two graphs: of 4 guesses, of none."""
     def __init__(self, drafter): self.drafter = drafter or NoDrafter()
     @torch.inference_mode()
     def own_rounds(self, target, rows, k, rule, probs_of, generator):
@@ -559,7 +559,7 @@ class Replayed:
         cache, ks = FixedKVCache(target.new_cache(*rows.tokens.shape)), (4, 0) if auto else (k,)
         drafter.start(target, cache, rows, read_prompts(target, cache, rows))
         inner.always, read_all, read = True, getattr(inner, "unread", None), None
-        if read_all:  # later on always as many tokens: two, heads one more than guesses on a path
+        if read_all:  # from now on a fixed number: a model 2, heads those of a path and its root
             inner.cache = FixedKVCache(inner.cache)
             read = functools.partial(read_all, n=1 + len(getattr(drafter, "widths", range(ks[0]))))
         if type(inner) is ModelDrafter:
@@ -570,12 +570,12 @@ class Replayed:
             return *way(target, cache, who, rows, n, judge, probs_of, generator), rows.room()
         def launch(last):
             n = 4 * (drafter.choose(4, left, 1) > 0) if auto else k
-            if last == 0 < n and read_all:
+            if last == 0 < n and read_all:  # plain rounds went unread: more than a graph reads
                 inner.model(read_all(rows), inner.cache)
             graphs[n][0]()
             return n
         try:
-            for n in (ks[0], *ks):  # what is recorded has to have run before
+            for n in (ks[0], *ks):  # one round to read the prompt; then each kind, to warm up
                 if rows.room().any():
                     yield Round(*one_round(n)[:-1])
                 inner.unread = read
@@ -589,8 +589,8 @@ class Replayed:
                 yield Round(*r)
                 left = room.max().item()
         finally:
-            inner.unread = None  # or it and what it belongs to would keep each other in memory
-            now()  # which the last replay uses until it is done
+            inner.unread = None  # it leads back to `inner`: both would stay, with all their caches
+            now()  # the last replay may still use them
 
 def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperature, top_k, top_p,
                     eos, seed):  # fmt: skip

@@ -1,6 +1,6 @@
 """Train `large`, the target, and `tiny`, the draft; then tiny and heads on what large writes.
 
-    python train_tiny.py                      # hours on 2 cores; on an H100 it plans for 8 minutes
+    python train_tiny.py                      # hours on 2 cores; on a GPU it plans for 8 minutes
     python train_tiny.py --data my_texts/     # any text file or folder
     python train_tiny.py --preset tiny-cpu    # a smoke run, about a minute on 2 cores
     python train_tiny.py --distill            # keep large, go on with tiny, new heads
@@ -10,7 +10,7 @@ large.pt, tiny.pt and heads.pt are replaced only when all are complete. The corp
 Python standard library, and the packages in requirements.txt with all that they need.
 
 Why distil: a drafter is judged by nothing but its agreement with the target. The acceptance rate at
-a position is 1 - TV = sum min(target_probs, draft_probs), so that is what its training maximises,
+a position is sum min(target_probs, draft_probs), so that is what its training maximises,
 on the texts where it will be asked: those that the target writes (DistillSpec, Zhou et al. 2023,
 arXiv 2310.08461). Large reads each of them once. Its states are kept, and its distributions follow
 from them at the cost of one matrix product.
@@ -56,7 +56,7 @@ class Preset:
     n_heads_embd: int  # width of the draft heads
     batch_size: int  # windows of the corpus per step
     own_batch_size: int  # windows that large wrote, per step
-    written: tuple  # how many batches large writes, and of how many windows
+    written: tuple  # how many batches large writes, and how many windows are in each
     steps: tuple  # of the stages that train something, in the order of STAGES
     sample: int  # characters of the corpus that the tokenizer is trained on
     by_time: bool = False  # the steps are seconds: as many as can be done in them
@@ -70,7 +70,7 @@ PRESETS = {
         1024, 512, (24, 4, 224), (1, 4, 256), 192, 8, 8, (18, 128),
         (4000, 2500, 2500, 2500, 2800, 2800), 200_000,
     ),
-    # Deep, as a layer costs a GPU little time, and a guess the same for any target.
+    # Deep: each layer makes the target slower on a GPU, but not a guess. So guessing gains more.
     "gpu": Preset(
         1024, 512, (48, 4, 256), (1, 4, 256), 192, 128, 64, (12, 512),
         (55, 90, 15, 40, 60, 15), 100_000, True, (("shallow", 3e-3), ("large", 2.5e-3)),
@@ -451,11 +451,11 @@ class Run:
         print(duration(self.expected[stage]), flush=True)
 
     def is_compiled(self, stage):
-        """Of large, a GPU does the small operations sooner than they are launched."""
+        """Whether to compile: large on a GPU, where the time goes into launching operations."""
         return self.device.type == "cuda" and stage in ("shallow", "large")
 
     def expect_training(self, stage, model, loss_of, steps, by_time=False):
-        """The same for a step of training, of a copy. A stage that is finished takes no time.
+        """`expect` for a stage of training: of one step, of a copy; nothing, if it is finished.
 
         by_time: steps is a number of seconds. The number of steps is kept in the state.
         """
@@ -475,7 +475,7 @@ class Run:
             self.expect(stage, n_left, prepare)
 
     def compiled(self, stage, model):
-        """The same model. One layer is compiled, and serves all."""
+        """The same model, its layers compiled if the stage wants it. They share one compilation."""
         if self.is_compiled(stage):
             torch._dynamo.config.suppress_errors = True  # where it cannot, it goes on without
             for block in model.h:

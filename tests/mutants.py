@@ -630,7 +630,7 @@ CATALOGUE = [
            "        torch.cuda.current_stream().wait_stream(stream)\n", "", "graphs"),
     Mutant("Q15", "memory is given back while the replay in vain still writes to it",
            "-", "specdec.py",
-           "            now()  # which", "            # which", "graphs"),
+           "            now()  # the last", "            # the last", "graphs"),
     Mutant("Q15b", "a drafter that reads in fixed shapes keeps itself in memory", "-", "specdec.py",
            "            inner.unread = None", "            pass", "graphs -k memory_is_kept"),
     Mutant("Q22", "ten end tokens in a graph, which isin sorts", "-", "specdec.py",
