@@ -18,16 +18,16 @@ def pair():
 
 def test_sizes(pair):
     large, tiny = (sum(p.numel() for p in model.parameters()) for model in pair[:2])
-    assert 14e6 < large < 16e6 and 0.3e6 < tiny < 0.5e6
+    assert 14e6 < large < 16e6 and 1.1e6 < tiny < 1.3e6
     files = [file for file in CHECKPOINTS.iterdir() if file.name != "partial.pt"]
     assert sum(file.stat().st_size for file in files) < 20e6
 
 
-@pytest.mark.parametrize("temperature, floor", [(0, 0.65), (1, 0.58)])
+@pytest.mark.parametrize("temperature, floor", [(0, 0.72), (1, 0.62)])
 def test_the_draft_is_good(pair, temperature, floor):
-    """A floor under alpha, which is .75 and .63 here.
+    """A floor under alpha, which is .77 and .65 here.
 
-    A draft that is broken, or distilled from another target (.51 at temperature 1), stays right and
+    A draft that is broken, or distilled from another target (.60 at temperature 1), stays right and
     gets slow.
     """
     target, draft, encoding = pair
