@@ -619,11 +619,11 @@ def measure(large, drafts, windows, autocast, watch=iter):
     Tokens of one window are alike, so windows, not tokens, are counted as independent.
     """
     losses, alphas = [], []
-    for some in watch(windows.split(4)):
+    for some in watch(windows.split(n_read(large.wte.weight.device))):
         some = some.to(large.wte.weight.device)
         with autocast():
             logits = [model(some[:, :-1])[0] for model in (large, *drafts)]
-        logits = torch.stack(logits).float()  # (1 + drafts, 4, T, V)
+        logits = torch.stack(logits).float()  # (1 + drafts, some, T, V)
         next_tokens = some[:, 1:].expand(len(logits), -1, -1)
         loss = F.cross_entropy(logits.permute(0, 3, 1, 2), next_tokens, reduction="none")
         losses.append(loss.mean(-1))
@@ -640,8 +640,8 @@ def heads_alpha(heads, wte, texts, states, watch=iter):
     """
     T = texts.shape[1]
     start = torch.arange(T // 16, T - N_AHEAD, device=wte.device)  # (M,)
-    means = []
-    for some, own in watch(zip(texts.split(4), states.split(4))):
+    means, n = [], n_read(wte.device)
+    for some, own in watch(zip(texts.split(n), states.split(n))):
         some, own = some.long().to(wte.device), own.to(wte.device)
         _, alphas = heads_loss(heads, wte, some, own, start.expand(len(some), -1))
         means.append(alphas.unflatten(1, (len(some), -1)).mean(-1))
@@ -681,10 +681,13 @@ def seconds_of_calls(calls, repeats):
     return {name: statistics.median(t) for name, t in times.items()}
 
 def faster_dtype(model, windows):
-    """float32 or bfloat16, by a short race.
+    """float32 or bfloat16: on a GPU the latter where it has it, elsewhere by a short race.
 
     Some processors have bfloat16 arithmetic, others imitate it.
     """
+    if windows.is_cuda:
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    print("which is faster, float32 or bfloat16?", flush=True)
 
     def step(enabled):
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=enabled):
@@ -770,11 +773,7 @@ def run(args):
     stages = Run(args.checkpoints, settings, device, args.dtype)
     autocast = stages.autocast
     windows = held_out_windows(held_out, block_size)
-    if stages.state["dtype"] is None and device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        stages.state["dtype"] = "bfloat16" if fast else "float32"
-    elif stages.state["dtype"] is None:
-        print("which is faster, float32 or bfloat16?", flush=True)
+    if stages.state["dtype"] is None:
         stages.state["dtype"] = faster_dtype(large, windows[:1].to(device))
     if not stages.path.exists():
         stages.save()  # now, not hours later, is the time to learn that it cannot
@@ -795,7 +794,7 @@ def run(args):
 
     def own_batch(generator):
         i = torch.randint(len(own), (preset.own_batch_size,), generator=generator)
-        return own[i.to(own.device)].long().to(device), states[i.to(states.device)].to(device)
+        return own[i.to(device)].long(), states[i.to(states.device)].to(device)
 
     def distillation_batch(model, generator):
         return distillation_loss(model, wte, *own_batch(generator))
@@ -827,7 +826,11 @@ def run(args):
     n_passes = block_size - block_size // 16  # of large, to write a batch of texts
     n_batches, n_rows = preset.written
     n_left = n_batches - len(written) + 1  # batches; the last one follows held-out text
-    n_reads = sum(math.ceil(n / n_read(device)) for n in (n_batches * n_rows, 64))
+
+    def n_reads(*sizes):
+        return sum(math.ceil(n / n_read(device)) for n in sizes)
+
+    n_reading, n_measuring = n_reads(n_batches * n_rows, 64), n_reads(len(windows), 64, 64, 64)
 
     def reading():
         read(deep, own, autocast)
@@ -839,11 +842,11 @@ def run(args):
             expect("large", deep)
             expect("tiny", tiny)
         stages.expect("write", n_left * n_passes, lambda: writing_pass(deep, n_rows))
-        stages.expect("read", n_reads, lambda: reading)
+        stages.expect("read", n_reading, lambda: reading)
         expect("distil", tiny)
         for kind, heads in make_heads().items():
             expect(kind, heads)
-        stages.expect("measure", (len(windows) + 3 * 64) / len(own), lambda: reading)
+        stages.expect("measure", n_measuring, lambda: reading)
     print(f"  {'in all':40}{duration(sum(stages.expected.values()))}", flush=True)
 
     # Large and tiny, on text.
@@ -870,7 +873,7 @@ def run(args):
         held_out_own = write(large, held_out, 64, 1.0, args.seed + 99, progress.watch).cpu()
     own = torch.cat(written).to(device)
     print("large reads what it wrote", flush=True)
-    with stages.progress("read", "batch", n_reads) as progress:
+    with stages.progress("read", "batch", n_reading) as progress:
         states = read(large, own, autocast, progress.watch)
         held_out_states = read(large, held_out_own, autocast, progress.watch)
 
@@ -881,8 +884,7 @@ def run(args):
     # What it came to.
     print("measuring", flush=True)
     drafts = undistilled, tiny
-    n = math.ceil(len(windows) / 4) + 3 * 16
-    with stages.progress("measure", "batch", n) as progress:
+    with stages.progress("measure", "batch", n_measuring) as progress:
         losses, *rates = measure(large, drafts, windows, autocast, progress.watch)
         _, *own_rates = measure(large, drafts, held_out_own.long(), autocast, progress.watch)
         of_guesses = {

@@ -131,8 +131,7 @@ class Row:
         while self.emitted < goal:
             self.parts, self.size = Counter(), 0
             start = clock() if self.in_parts else start
-            with mock.patch.object(specdec, "capture", self.captured):
-                r = next(self.rounds, None)
+            r = next(self.rounds, None)
             if r is None:
                 return False
             n_new = r.n_new.sum().item()
@@ -204,8 +203,9 @@ def compare(target, rows, prompts, n, seconds, say, seed=0, **filters):
         while active:
             # In alternation, 16 tokens at a time: what the machine does meanwhile hits all alike.
             row = min(active, key=lambda row: row.emitted)
-            if not row.advance(16 * B):
-                active.remove(row)
+            with mock.patch.object(specdec, "capture", row.captured):
+                if not row.advance(16 * B):
+                    active.remove(row)
             if row.in_parts and (row is rows[0] or not active):  # and passes alone as well
                 sizes = {1}.union(*(sizes for row in rows for _, sizes in row.turns))
                 calls = passes(target, B, length + n // 2, sizes)

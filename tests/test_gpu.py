@@ -18,7 +18,8 @@ from check import pearson
 from conftest import make_gpt, make_heads
 from extras import accept_typical_lossy
 from model import CHECKPOINTS, has_graphs, load_heads, load_pair, now
-from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter, generate, rounds, to_probs
+from specdec import HeadsDrafter, ModelDrafter, NGramDrafter, TreeDrafter
+from specdec import collect, generate, rounds, to_probs
 
 PROMPTS = torch.tensor([[1, 2, 3], [4, 5, 6], [0, 0, 0], [6, 1, 2]])
 RAGGED = [[1], [4, 5, 6, 6, 1], [0, 0, 0], [6, 1]]
@@ -54,14 +55,6 @@ def make(name, device):
         "tree": lambda: TreeDrafter(ModelDrafter(model), (2, 1, 2)),
         "tree of heads": lambda: TreeDrafter(HeadsDrafter(heads), (3, 2), top=True),
     }[name]()
-
-
-def texts_of(every, B):
-    texts = [[] for _ in range(B)]
-    for r in every:
-        for text, tokens, n in zip(texts, r.tokens.tolist(), r.n_new.tolist()):
-            text += tokens[:n]
-    return texts
 
 
 def test_rounds_are_replayed_on_a_gpu(device):
@@ -149,7 +142,7 @@ def test_two_texts_in_turns_are_those_of_each_alone(target, device, name):
     def start(seed):
         return rounds(target, PROMPTS, 30, make(name, device), 3, seed=seed)
 
-    expected = [texts_of(start(seed), 4) for seed in (1, 2)]
+    expected = [collect(start(seed), 4) for seed in (1, 2)]
     left, both = start(3), ([], [])
     for _ in range(4):
         next(left)
@@ -157,7 +150,7 @@ def test_two_texts_in_turns_are_those_of_each_alone(target, device, name):
         for every, r in zip(both, pair):
             every += [r] if r is not None else []
         left = None
-    assert [texts_of(every, 4) for every in both] == expected
+    assert [collect(every, 4) for every in both] == expected
 
 
 @each

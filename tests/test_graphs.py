@@ -310,10 +310,7 @@ def test_replayed_rounds_are_the_rounds(make, prompts, temperature):
         GRAPHS.clear()
         options = {"k": 3, "temperature": temperature, "eos": eos, "seed": 5, "top_p": 0.95}
         every = list(rounds(TARGET, prompts, 20, drafter=make(), **options))
-        texts = [[] for _ in prompts]
-        for r in every:
-            for text, tokens, n in zip(texts, r.tokens.tolist(), r.n_new.tolist()):
-                text += tokens[:n]
+        texts = specdec.collect(every, len(prompts)).tokens
         assert sum(graph.replays for graph in GRAPHS) == (len(every) - 1 if len(every) > 2 else 0)
         assert len(every) > 4 or eos is not None
         if temperature == 0:
@@ -407,7 +404,7 @@ def test_the_coupled_rule_yields_plain_decoding_with_graphs_and_without(make):
     assert eager(generate, TARGET, PROMPTS, 30, drafter=make(), k=2, **options).tokens == expected
     # They stay what they are while others follow.
     every = list(rounds(TARGET, PROMPTS, 30, drafter=make(), k=2, **options))
-    texts = [sum((r.tokens[b, : r.n_new[b]].tolist() for r in every), []) for b in range(3)]
+    texts = specdec.collect(every, 3).tokens
     assert texts == expected and GRAPHS[0].replays == len(every) - 1
 
 
@@ -506,7 +503,7 @@ def test_auto_guesses_four_or_none(make, prompts, credit, monkeypatch):
     monkeypatch.setattr(specdec.AutoK, "learn", learn)
     prompts = [torch.as_tensor(prompt) for prompt in prompts]
     every = list(rounds(TARGET, prompts, 30, drafter=make(), k="auto", temperature=0))
-    texts = [sum((r.tokens[b, : r.n_new[b]].tolist() for r in every), []) for b in range(len(prompts))]
+    texts = specdec.collect(every, len(prompts)).tokens
     assert texts == eager(generate, TARGET, prompts, 30, temperature=0).tokens
     assert len(GRAPHS) == 2 and sum(graph.replays for graph in GRAPHS) == len(every) - 2
     ks = {r.guesses.shape[1] for r in every[5:]}
