@@ -325,7 +325,7 @@ class DraftHeads(nn.Module):
 
         state = c_state(`target_states` at token t-1), or, where the target has not read that far,
                 the block's own
-        x = state + c_in([state; embedding of token t])
+        x = c_in(state) + embedding of token t
         x -> block, LayerNorm -> the next state -> distribution of token t+1
 
     The block has a KV cache of its own, but no position embeddings: the target's state tells it
@@ -338,8 +338,7 @@ class DraftHeads(nn.Module):
         self.config = GPTConfig(vocab_size, block_size=0, n_layer=1, n_head=4, n_embd=n_embd)
         self.c_state = Conv1D(n_state, n_embd)
         self.wte = nn.Embedding(vocab_size, n_embd) if markov else None
-        n_in = (1 + markov) * n_embd
-        self.c_in = Conv1D(n_in, n_embd, std=n_in**-0.5)
+        self.c_in = Conv1D(n_embd, n_embd, std=n_embd**-0.5)
         self.h = nn.ModuleList([Block(self.config)])
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = Conv1D(n_embd, vocab_size)
@@ -347,8 +346,9 @@ class DraftHeads(nn.Module):
     def forward(self, state, tokens, cache):
         """state (B, T, n_embd) before each of the tokens (B, T) int64 -> the state after it."""
         _, mask = cache.extend(tokens.shape[1])
-        seen = state if self.wte is None else torch.cat((state, self.wte(tokens)), -1)
-        return self.ln_f(self.h[0](state + self.c_in(seen), mask, cache, 0))
+        x = self.c_in(state)
+        x = x if self.wte is None else x + self.wte(tokens)
+        return self.ln_f(self.h[0](x, mask, cache, 0))
     new_cache = GPT.new_cache
 
 def target_states(hidden, cache, slots):

@@ -604,10 +604,10 @@ def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperatur
     need(callable(rule) or str(rule) in RULES, f"unknown rule {rule!r}, not {', '.join(RULES)}")
     rule = RULES.get(rule, rule)
     if eos is not None:
-        eos = as_tokens([eos] if isinstance(eos, int) else eos, "eos", V, device)
+        eos = as_tokens(eos if hasattr(eos, "__len__") else [eos], "eos", V, device)
     if drafter is not None:
-        right = tree or k == "auto" or isinstance(k, int) and 1 <= k < block
-        need(right, f'k is {k}; it must be at least 1 and below the block_size, {block}, or "auto"')
+        right = tree or k == "auto" or hasattr(k, "__index__") and 1 <= k < block
+        need(right, f'k is {k!r}; it must be a whole number from 1 to {block - 1}, or "auto"')
         right = not tree or rule is verify and not coupled and k != "auto"
         need(right, "a tree has a rule of its own, recursive rejection, and a fixed shape")
         check_drafter(drafter, target, n)
@@ -619,7 +619,7 @@ def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperatur
         drafter, k = AutoK(drafter), 8
     if has_graphs(device) and known and rule in RULES.values() and (eos is None or len(eos) < 10):
         drafter = Replayed(drafter)  # for what looks at no result, as isin does of ten tokens
-    seed = torch.Generator().seed() % 2**63 if seed is None else seed
+    seed = torch.Generator().seed() % 2**63 if seed is None else int(seed)
     return prompts, Coupled(drafter) if coupled else drafter, k, rule, eos, seed
 
 def check_numbers(max_new_tokens, temperature, top_k, top_p, seed):

@@ -389,7 +389,7 @@ def new_heads(large, n_embd, markov):
     directions = torch.linalg.svd(wte, full_matrices=False).Vh[:n_embd]  # (n_embd, D)
     heads.c_state.weight.zero_()[: wte.shape[1]] = directions.T
     heads.lm_head.weight.copy_(directions @ wte.T)
-    if markov:  # as large as the state beside which it is read
+    if markov:  # as large as the state to which it is added
         heads.wte.weight.copy_(wte @ directions.T / wte.std())
     return heads
 
@@ -763,6 +763,7 @@ def run(args):
     preset = PRESETS[args.preset or ("gpu" if device.type == "cuda" else "cpu")]
     start = time.perf_counter()
     need(0 <= args.seed < 2**62, f"seed is {args.seed}; it must be 0 or more and below 2^62")
+    need(not args.checkpoints.is_file(), f"{args.checkpoints} is a file; it must be a folder")
     large, tiny, encoding, tokens, held_out = prepare(args, preset, device)
     block_size = large.config.block_size
     args.checkpoints.mkdir(parents=True, exist_ok=True)

@@ -306,7 +306,7 @@ BEFORE = [  # before anything is loaded
 AFTER = [
     (["-k", "0"], "k is 0"),
     (["-k", "100000"], "k is 100000"),
-    (["-k", "many"], "k is many"),
+    (["-k", "many"], "k is 'many'"),
     (["--prompt", ""], "prompt is empty"),
     (["--max-new-tokens", "256"], "block_size is 256"),
     (["--device", "abacus"], "no device 'abacus'"),

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -968,11 +969,13 @@ def test_plain_decoding_has_no_k_to_check():
 BAD = [
     ({"k": 0}, "k is 0"),
     ({"k": 48}, "k is 48"),
-    ({"k": "many"}, "k is many"),
+    ({"k": "many"}, "k is 'many'"),
     ({"drafter": HeadsDrafter(DraftHeads(7, 8, 8))}, "another shape"),
     ({"drafter": HeadsDrafter(DraftHeads(7, 16, 8))}, "float32.*, not .* torch.float64"),
     ({"drafter": TreeDrafter(NGramDrafter(), (2,))}, "token by token"),
     ({"drafter": TreeDrafter(ModelDrafter(DRAFT), (9, 9))}, "a tree of 90 guesses"),
+    ({"k": 2.0}, "k is 2.0; it must be a whole number from 1 to 47"),
+    ({"k": "3"}, "k is '3'; it must be a whole number"),
     ({"seed": -1}, "seed is -1"),
     ({"seed": 2**63}, "seed is"),
     ({"temperature": -0.1}, "temperature"),
@@ -1035,6 +1038,16 @@ def test_bad_arguments_are_refused_at_once(options, message):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=message):
         rounds(TARGET, **options)  # before the first round
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As in `for k in np.arange(1, 9)`."""
+    options = {"k": 2, "max_new_tokens": 9, "seed": 1, "top_k": 5, "eos": 3}
+    texts = [
+        generate(TARGET, PROMPT, drafter=ModelDrafter(DRAFT), **{n: kind(x) for n, x in options.items()})
+        for kind in (int, np.int64)
+    ]
+    assert texts[0] == texts[1]
 
 
 SHARED = {

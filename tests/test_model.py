@@ -97,13 +97,13 @@ def test_more_tokens_than_positions_are_refused(target):
 
 @pytest.mark.parametrize("markov", [True, False])
 def test_heads_add_state_and_embedding(markov):
-    """The block's input is state + c_in([state; embedding]), as `DraftHeads` says."""
+    """The block's input is c_in(state) + embedding, as `DraftHeads` says."""
     heads, seen = make_heads(2, 20, 8, markov), []
     heads.h[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     state, tokens = torch.randn(2, 3, 8).double(), torch.tensor([[0, 1, 19], [7, 7, 2]])
     after = heads(state, tokens, heads.new_cache(2, 3))
-    sees = torch.cat((state, heads.wte.weight[tokens]), -1) if markov else state
-    expected = state + sees @ heads.c_in.weight + heads.c_in.bias
+    expected = state @ heads.c_in.weight + heads.c_in.bias
+    expected += heads.wte.weight[tokens] if markov else 0
     torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-12)
     assert after.shape == state.shape and len(seen) == 1
     chance = 1 / (1 + (-after @ heads.confidence.weight[0] - heads.confidence.bias).exp())

@@ -399,7 +399,7 @@ BAD_CORPORA = {
     "too short": "corpus too small: it does not yield 264 different tokens",
     "few tokens": "3 to train on, 2 held out; two windows of 17 are the least",
     "nothing": "the path of --data is empty",
-    "not a folder": "out",
+    "not a folder": "out is a file; it must be a folder",
 }
 
 
@@ -418,8 +418,7 @@ def test_bad_corpus_is_refused_in_words(train, tmp_path, what):
         data.write_bytes(bytes(range(256)))
     options = ["--data", str(data) if what != "nothing" else ""]
     if what == "not a folder":
-        (tmp_path / "out").write_text("")
-        options = []
+        (tmp_path / "out").write_text("")  # noticed first: the corpus is missing, too
     with pytest.raises((BadInput, OSError)) as error:
         train("out", *options)
     assert BAD_CORPORA[what].format(data) in str(error.value)
