@@ -389,8 +389,10 @@ def new_heads(large, n_embd, markov):
     directions = torch.linalg.svd(wte, full_matrices=False).Vh[:n_embd]  # (n_embd, D)
     heads.c_state.weight.zero_()[: wte.shape[1]] = directions.T
     heads.lm_head.weight.copy_(directions @ wte.T)
-    if markov:  # as large as the state to which it is added
-        heads.wte.weight.copy_(wte @ directions.T / wte.std())
+    heads.c_in.weight.copy_(torch.eye(n_embd))
+    if markov:  # as large as the state to which it is added, but in other directions
+        mixed = wte @ torch.randn(wte.shape[1], n_embd).to(wte)
+        heads.wte.weight.copy_(mixed / mixed.std() * large.ln_f.weight.mean())
     return heads
 
 def make_optimizers(model):
