@@ -720,7 +720,7 @@ def show_times(target, prompts, n, drafter, k, rule, **options):
     print(f"  {slow / quick:.2f} times as fast; same text: {'yes' if tokens == wanted else other}")
     print(f"  acceptance rate {s.acceptance_rate:.2f}: {s.accepted} of {s.evaluated} judged")
     if many:
-        one, check, tau = sum(one) / len(one), sum(many) / len(many), s.emitted / B / len(many)
+        one, check, tau = slow / len(one), sum(many) / len(many), s.emitted / B / len(many)
         rest = quick / len(many) - check
         parts = f"{one:.1f} ms / ({check:.1f} ms to check + {rest:.1f} ms to guess, etc.)"
         print(f"  predicted {tau * one / (check + rest):.2f} = {tau:.2f} tokens per pass x {parts}")

@@ -53,7 +53,7 @@ GLOSSARY = """\
 *          the fastest; ! is not known to keep the target's distribution: it cannot win
 tok/s      tokens per second, after the prompt: plain decoding's median, times speed-up
 speed-up   over plain decoding: the median of all turns, and their quartiles
-predicted  the speed-up tau T(1) / (T(k+1) + draft + rest), T(n): a pass over n tokens
+predicted  the speed-up tau (T(1) + rest) / (T(k+1) + draft + rest), T(n): a pass over n tokens
 alpha      acceptance rate: of the guesses that were judged, the fraction accepted
 tau        tokens per pass of the target, its own token included
 1 2 3 ..   acceptance rate of the first, second, third .. guess of a round, in %
@@ -159,9 +159,11 @@ class Row:
         """What is known, given the row of plain decoding, and T: {n: seconds of a pass over n}."""
         speed_up, low, high = quartiles([a / b for a, b in zip(self.speeds(), plain.speeds())])
         total, predicted = sum((spent for spent, _ in self.turns), Counter()), []
-        for spent, sizes in self.turns if self.in_parts and self.drafter is not None else ():
+        in_parts = self.in_parts and self.drafter is not None
+        for (spent, sizes), (theirs, _) in zip(self.turns, plain.turns) if in_parts else ():
             seconds = spent["seconds"] - spent["verify"] + sum(T[n] * m for n, m in sizes.items())
-            predicted.append(rate(spent["tokens"] / B * T[1], seconds))
+            one = T[1] + rate(theirs["seconds"] - theirs["verify"], theirs["passes"])
+            predicted.append(rate(spent["tokens"] / B * one, seconds))
         for (spent, sizes), ours, theirs in zip(self.turns, self.alone, plain.alone):
             if self.drafter is not None and {*sizes} <= {*ours} and 1 in theirs:
                 seconds = sum(ours[n] * m for n, m in sizes.items())

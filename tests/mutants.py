@@ -966,6 +966,12 @@ CATALOGUE = [
            "copy(self.drafter)", "self.drafter", "bench -k alternation"),
     Mutant("N4", "a table ends in the middle of its prompts", "-", "tests/bench.py",
            "turn % cycle == 0 < turn", "0 < turn", "bench -k alternation or every_prompt"),
+    Mutant("N6b", "plain decoding is predicted to draw its tokens in no time", "-",
+           "tests/bench.py", 'one = T[1] + rate(theirs["seconds"]', 'one = T[1] + 0 * rate(theirs["seconds"]',
+           "bench -k besides"),
+    Mutant("N6c", "the numbers of the demonstration do not add up", "-", "specdec.py",
+           "one, check, tau = slow / len(one),", "one, check, tau = sum(one) / len(one),",
+           "command_line -k add_up"),
     Mutant("N7", "quartiles are the 40th and 60th percentile", "-", "tests/bench.py",
            "[0.5, 0.25, 0.75]", "[0.5, 0.4, 0.6]", "bench -k quartiles"),
     Mutant("N8", "the check looks at plain decoding only", "-", "tests/check.py",
@@ -1144,6 +1150,10 @@ def _run_pytest(words, folder, out):
 
 def main(ids):
     chosen = [m for m in CATALOGUE if m.id in ids] if ids else CATALOGUE
+    unknown = {*ids} - {m.id for m in chosen}
+    if unknown:
+        print(f"mutants.py: error: no such bug: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
     for mutant in CATALOGUE:
         patched(mutant)  # all must apply before any is run
     missed = 0

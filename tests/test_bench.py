@@ -234,6 +234,16 @@ def test_the_time_is_split_as_it_was_spent(pair, monkeypatch):
     assert slow["predicted"] == pytest.approx(29 * 11 / (7 * (14 + 6) + (12 + 6)))
 
 
+def test_what_plain_decoding_does_besides_its_passes_is_predicted_too():
+    """A fifth of a second a round. (T(1) + rest) x 20 tokens / (rest + 5 x T(5))."""
+    plain, other = bench.Row("plain"), bench.Row("other", "a drafter")
+    plain.in_parts = other.in_parts = True
+    plain.turns = [(Counter(seconds=12, verify=10, passes=10, tokens=10), Counter({1: 10}))]
+    other.turns = [(Counter(seconds=20, verify=14, passes=5, tokens=20), Counter({5: 5}))]
+    figures = other.figures(plain, {1: 1.0, 5: 3.0}, 1)
+    assert figures["predicted"] == pytest.approx((1 + 0.2) * 20 / (6 + 15))
+
+
 def known(name, speeds, exact=True, in_parts=True):
     """A row whose turns have these speeds."""
     row = bench.Row(name, None if name == "plain" else "a drafter", exact=exact)

@@ -93,6 +93,7 @@ def test_the_numbers_add_up(story):
     numbers = rf"predicted {x} = {x} tokens per pass x {x} ms / \({x} ms to check \+ {x}"
     predicted, tau, one, check, rest = map(float, re.search(numbers, out).groups())
     assert predicted == pytest.approx(tau * one / (check + rest), rel=0.02)
+    assert predicted == pytest.approx(speed_up, abs=0.02)
     rate, accepted, judged = re.search(r"acceptance rate ([\d.]+): (\d+) of (\d+)", out).groups()
     assert float(rate) == pytest.approx(int(accepted) / int(judged), abs=0.01)
     assert tau == pytest.approx(40 / int(re.search(TIMES, out)[5]), abs=0.01)
