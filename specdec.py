@@ -225,6 +225,7 @@ import statistics
 import time
 from copy import copy
 from dataclasses import dataclass
+from numbers import Integral  # int, and those of NumPy
 from typing import NamedTuple
 from kvcache import FixedKVCache, TreeView
 from model import as_prompts, as_rows, as_tokens, capture, check_memory, has_graphs, need, now
@@ -604,14 +605,14 @@ def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperatur
     need(callable(rule) or str(rule) in RULES, f"unknown rule {rule!r}, not {', '.join(RULES)}")
     rule = RULES.get(rule, rule)
     if eos is not None:
-        eos = as_tokens(eos if hasattr(eos, "__len__") else [eos], "eos", V, device)
+        eos = as_tokens([int(eos)] if isinstance(eos, Integral) else eos, "eos", V, device)
     if drafter is not None:
-        right = tree or k == "auto" or hasattr(k, "__index__") and 1 <= k < block
+        right = tree or str(k) == "auto" or isinstance(k, Integral) and 1 <= k < block
         need(right, f'k is {k!r}; it must be a whole number from 1 to {block - 1}, or "auto"')
         right = not tree or rule is verify and not coupled and k != "auto"
         need(right, "a tree has a rule of its own, recursive rejection, and a fixed shape")
         check_drafter(drafter, target, n)
-    k = 0 if drafter is None else drafter.n_nodes if tree else k
+    k = 0 if drafter is None else drafter.n_nodes if tree else k if k == "auto" else int(k)
     check_memory(target, len(prompts), n, 8 if k == "auto" else k)
     ours = {type(None), ModelDrafter, NGramDrafter, HeadsDrafter, TreeDrafter}
     known = {type(drafter), type(drafter.drafter if tree else None)} <= ours
@@ -623,12 +624,12 @@ def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperatur
     return prompts, Coupled(drafter) if coupled else drafter, k, rule, eos, seed
 
 def check_numbers(max_new_tokens, temperature, top_k, top_p, seed):
-    """BadInput, unless each is in its range."""
-    need(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}; it cannot be negative")
+    for name, x in ("max_new_tokens", max_new_tokens), ("seed", 0 if seed is None else seed):
+        right = isinstance(x, Integral) and 0 <= x < 2**63
+        need(right, f"{name} is {x!r}; it must be a whole number from 0 on, below 2^63")
     need(0 <= temperature < math.inf, f"temperature is {temperature}; it must be 0 or more")
     need(top_k is None or top_k >= 1, f"top-k is {top_k}; it must be at least 1")
     need(top_p is None or 0 < top_p <= 1, f"top-p is {top_p}; it must be above 0, at most 1")
-    need(seed is None or 0 <= seed < 2**63, f"seed is {seed}; it must be 0 or more, below 2^63")
 
 def check_drafter(drafter, target, length):
     """BadInput, unless it can guess for this target, in texts of up to `length` tokens."""
@@ -720,10 +721,9 @@ def show_times(target, prompts, n, drafter, k, rule, **options):
     print(f"  {slow / quick:.2f} times as fast; same text: {'yes' if tokens == wanted else other}")
     print(f"  acceptance rate {s.acceptance_rate:.2f}: {s.accepted} of {s.evaluated} judged")
     if many:
-        one, check, tau = slow / len(one), sum(many) / len(many), s.emitted / B / len(many)
-        rest = quick / len(many) - check
-        parts = f"{one:.1f} ms / ({check:.1f} ms to check + {rest:.1f} ms to guess, etc.)"
-        print(f"  predicted {tau * one / (check + rest):.2f} = {tau:.2f} tokens per pass x {parts}")
+        check, rest = sum(many) / len(many), (quick - sum(many)) / len(many)
+        parts = f"{slow / len(one):.1f} ms / ({check:.1f} ms to check + {rest:.1f} ms to guess ..)"
+        print(f"  {slow / quick:.2f} = {s.emitted / B / len(many):.2f} tokens per pass x {parts}")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0])

@@ -390,9 +390,11 @@ def new_heads(large, n_embd, markov):
     heads.c_state.weight.zero_()[: wte.shape[1]] = directions.T
     heads.lm_head.weight.copy_(directions @ wte.T)
     heads.c_in.weight.copy_(torch.eye(n_embd))
-    if markov:  # as large as the state to which it is added, but in other directions
+    if markov:
+        # As large as the state to which they are added; in other directions, to tell them apart.
+        size = large.ln_f.weight.square().mean().sqrt()
         mixed = wte @ torch.randn(wte.shape[1], n_embd).to(wte)
-        heads.wte.weight.copy_(mixed / mixed.std() * large.ln_f.weight.mean())
+        heads.wte.weight.copy_(mixed / mixed.std() * size)
     return heads
 
 def make_optimizers(model):

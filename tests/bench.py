@@ -53,7 +53,7 @@ GLOSSARY = """\
 *          the fastest; ! is not known to keep the target's distribution: it cannot win
 tok/s      tokens per second, after the prompt: plain decoding's median, times speed-up
 speed-up   over plain decoding: the median of all turns, and their quartiles
-predicted  the speed-up tau (T(1) + rest) / (T(k+1) + draft + rest), T(n): a pass over n tokens
+predicted  tau (T(1) + plain decoding's rest) / (T(k+1) + draft + rest); T(n): a pass over n tokens
 alpha      acceptance rate: of the guesses that were judged, the fraction accepted
 tau        tokens per pass of the target, its own token included
 1 2 3 ..   acceptance rate of the first, second, third .. guess of a round, in %

@@ -230,12 +230,12 @@ def test_the_time_is_split_as_it_was_spent(pair, monkeypatch):
     assert slow["alpha"] == 1 and slow["at_position"] == [1, 1, 1]
     assert (slow["draft"], slow["verify"], slow["rest"]) == pytest.approx((0.4, 0.4, 0.2))
     assert slow["speed_up"] == pytest.approx((7 * 4 + 1) / 80 * 4)
-    # tau T(1) / (T(4) + draft + rest), but T(2) in the last round, where one guess has room
+    # tau T(1) / (T(4) + draft + rest), as plain decoding has no rest; but T(2) in the last round, where one guess has room
     assert slow["predicted"] == pytest.approx(29 * 11 / (7 * (14 + 6) + (12 + 6)))
 
 
 def test_what_plain_decoding_does_besides_its_passes_is_predicted_too():
-    """A fifth of a second a round. (T(1) + rest) x 20 tokens / (rest + 5 x T(5))."""
+    """A fifth of a second a round. 20 tokens x (T(1) + this) / (draft and rest + 5 x T(5))."""
     plain, other = bench.Row("plain"), bench.Row("other", "a drafter")
     plain.in_parts = other.in_parts = True
     plain.turns = [(Counter(seconds=12, verify=10, passes=10, tokens=10), Counter({1: 10}))]
@@ -545,7 +545,7 @@ BAD = [
     (["--top-p", "0"], "top-p is 0.0; it must be above 0, at most 1"),
     (["--top-p", "1.5"], "top-p is 1.5"),
     (["--top-k", "0"], "top-k is 0; it must be at least 1"),
-    (["--seed", "-1"], "seed is -1; it must be 0 or more"),
+    (["--seed", "-1"], "seed is -1; it must be a whole number from 0 on"),
     (["--seed", str(2**70)], "below 2^63"),
     (["--threads", "0"], "argument --threads: 0 is not between 1 and"),
     (["--threads", "100000"], "argument --threads: 100000 is not"),

@@ -976,6 +976,12 @@ BAD = [
     ({"drafter": TreeDrafter(ModelDrafter(DRAFT), (9, 9))}, "a tree of 90 guesses"),
     ({"k": 2.0}, "k is 2.0; it must be a whole number from 1 to 47"),
     ({"k": "3"}, "k is '3'; it must be a whole number"),
+    ({"k": torch.tensor(2.5)}, "it must be a whole number"),
+    ({"k": torch.tensor([2, 3])}, "it must be a whole number"),
+    ({"k": np.array([2, 3])}, "it must be a whole number"),
+    ({"seed": 0.5}, "seed is 0.5; it must be a whole number"),
+    ({"seed": "3"}, "seed is '3'"),
+    ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0; it must be a whole number"),
     ({"seed": -1}, "seed is -1"),
     ({"seed": 2**63}, "seed is"),
     ({"temperature": -0.1}, "temperature"),
@@ -1003,7 +1009,7 @@ BAD = [
     ({"prompt": ["text", "more"]}, "prompt must be token ids"),
     ({"prompt": [[0.5]]}, "prompt must be token ids"),
     ({"prompt": None}, "prompt must be token ids; it is a NoneType"),
-    ({"max_new_tokens": -1}, "negative"),
+    ({"max_new_tokens": -1}, "max_new_tokens is -1; it must be a whole number"),
     ({"max_new_tokens": 44}, "target's block_size"),
     ({"prompt": [[1], [2] * 44]}, "target's block_size"),
     ({"eos": -1}, "eos has tokens outside 0..6"),
@@ -1043,11 +1049,11 @@ def test_bad_arguments_are_refused_at_once(options, message):
 def test_numbers_of_numpy_are_numbers():
     """As in `for k in np.arange(1, 9)`."""
     options = {"k": 2, "max_new_tokens": 9, "seed": 1, "top_k": 5, "eos": 3}
-    texts = [
-        generate(TARGET, PROMPT, drafter=ModelDrafter(DRAFT), **{n: kind(x) for n, x in options.items()})
-        for kind in (int, np.int64)
-    ]
-    assert texts[0] == texts[1]
+    texts = []
+    for kind in (int, np.int64, np.int32):
+        numbers = {name: kind(x) for name, x in options.items()}
+        texts.append(generate(TARGET, PROMPT, drafter=ModelDrafter(DRAFT), **numbers))
+    assert all(text == texts[0] for text in texts)
 
 
 SHARED = {
