@@ -338,7 +338,7 @@ class DraftHeads(nn.Module):
         self.config = GPTConfig(vocab_size, block_size=0, n_layer=1, n_head=4, n_embd=n_embd)
         self.c_state = Conv1D(n_state, n_embd)
         self.wte = nn.Embedding(vocab_size, n_embd) if markov else None
-        self.c_in = Conv1D(n_embd, n_embd, std=n_embd**-0.5)
+        self.c_in = Conv1D(n_embd, n_embd)
         self.h = nn.ModuleList([Block(self.config)])
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = Conv1D(n_embd, vocab_size)

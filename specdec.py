@@ -612,12 +612,12 @@ def check_arguments(target, prompt, max_new_tokens, drafter, k, rule, temperatur
         right = not tree or rule is verify and not coupled and k != "auto"
         need(right, "a tree has a rule of its own, recursive rejection, and a fixed shape")
         check_drafter(drafter, target, n)
-    k = 0 if drafter is None else drafter.n_nodes if tree else k if k == "auto" else int(k)
-    check_memory(target, len(prompts), n, 8 if k == "auto" else k)
+    auto = drafter is not None and k == "auto"
+    k = 0 if drafter is None else drafter.n_nodes if tree else 8 if auto else int(k)
+    check_memory(target, len(prompts), n, k)
     ours = {type(None), ModelDrafter, NGramDrafter, HeadsDrafter, TreeDrafter}
     known = {type(drafter), type(drafter.drafter if tree else None)} <= ours
-    if k == "auto":
-        drafter, k = AutoK(drafter), 8
+    drafter = AutoK(drafter) if auto else drafter
     if has_graphs(device) and known and rule in RULES.values() and (eos is None or len(eos) < 10):
         drafter = Replayed(drafter)  # for what looks at no result, as isin does of ten tokens
     seed = torch.Generator().seed() % 2**63 if seed is None else int(seed)

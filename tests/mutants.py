@@ -323,6 +323,8 @@ CATALOGUE = [
            "if seed is None else int(seed)", "if not seed else int(seed)", "coins"),
     Mutant("G8b", "numbers of NumPy are no numbers", "-", "specdec.py",
            'isinstance(k, Integral)', "isinstance(k, int)", "decoding -k numbers_of_numpy"),
+    Mutant("G8c", "half a seed is a seed", "-", "specdec.py",
+           "isinstance(x, Integral) and 0 <= x", "0 <= x", "decoding -k bad_arguments"),
     Mutant("G9", "plain decoding draws from the global generator", "-", "specdec.py",
            "token = categorical(probs, generator)", "token = categorical(probs)", "coins law"),
     # -- H: rows of a batch
@@ -1077,8 +1079,6 @@ CATALOGUE = [
            "copy_(mixed / mixed.std() * size)", "copy_(mixed)", "training -k heads_begin"),
     Mutant("T28d", "the state of new heads is lost among random numbers", "-", "train_tiny.py",
            "heads.c_in.weight.copy_(torch.eye(n_embd))", "pass", "training -k heads_begin"),
-    Mutant("G8c", "half a seed is a seed", "-", "specdec.py",
-           "isinstance(x, Integral) and 0 <= x", "0 <= x", "decoding -k bad_arguments"),
     Mutant("T29", "a resumed run decides anew how many steps its seconds are", "-", "train_tiny.py",
            'n = self.state["steps"].setdefault(stage, max(1, round(steps / seconds)))',
            'n = self.state["steps"][stage] = max(1, round(steps / seconds))', "training -k by_time"),

@@ -230,7 +230,8 @@ def test_the_time_is_split_as_it_was_spent(pair, monkeypatch):
     assert slow["alpha"] == 1 and slow["at_position"] == [1, 1, 1]
     assert (slow["draft"], slow["verify"], slow["rest"]) == pytest.approx((0.4, 0.4, 0.2))
     assert slow["speed_up"] == pytest.approx((7 * 4 + 1) / 80 * 4)
-    # tau T(1) / (T(4) + draft + rest), as plain decoding has no rest; but T(2) in the last round, where one guess has room
+    # tau T(1) / (T(4) + draft + rest), as plain decoding has no rest; but T(2) in the last round,
+    # where one guess has room
     assert slow["predicted"] == pytest.approx(29 * 11 / (7 * (14 + 6) + (12 + 6)))
 
 

@@ -708,6 +708,7 @@ def test_large_reads_texts_for_their_states():
 def test_heads_begin_as_the_targets_own_output_layer():
     """As wide as the target, they see all of it; they are never wider; narrower, they see most.
     Their tokens weigh as much as the state to which they are added."""
+    torch.manual_seed(0)
     target, tokens = make_gpt(1, vocab_size=20).float(), torch.randint(20, (8, 12))
     states = torch.randn(1, 5, 16)
     for n_embd in (8, 12, 4):
